@@ -1,0 +1,236 @@
+"""The agent's configuration file (agent.toml), strict: an unknown key or a wrong type is an error that names it.
+
+What an operator changes while the agent runs is a *setting* (`HostSettings`, `kvmhv host set`), kept in the database;
+what must be known before it starts is *configuration* and stands in the file.
+"""
+
+import ipaddress
+import re
+import socket
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from kvmhv.errors import CallerError
+from kvmhv.model import MIB, Bytes, Rule, Timeouts
+
+PORT = 6600
+"""Hyper-V's port for live migration."""
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds of the agent itself."""
+
+    vms: Annotated[int, Meta(ge=1)] = 500
+    peer_frame_bytes: Annotated[int, Meta(ge=65536)] = 4 * MIB
+    """Largest message between two agents."""
+    request_bytes: Annotated[int, Meta(ge=4096)] = 1 * MIB
+    """Largest JSON body of the REST API (uploads of images have no such bound but the disk's)."""
+    move_facts: Annotated[int, Meta(ge=100)] = 10_000
+    """Facts of one move that wait to be handled; beyond it the move fails."""
+    moves_kept: Annotated[int, Meta(ge=10)] = 1000
+    """Records of ended moves that are kept."""
+    tokens: Annotated[int, Meta(ge=1)] = 100
+    peers: Annotated[int, Meta(ge=1)] = 200
+    connections: Annotated[int, Meta(ge=10)] = 500
+    qmp_timeout_s: Annotated[float, Meta(gt=0)] = 20.0
+    """A QMP command that QEMU answers at once unless it hangs."""
+    qemu_start_s: Annotated[float, Meta(gt=0)] = 30.0
+    stop_grace_s: Annotated[float, Meta(gt=0)] = 60.0
+    """ACPI power button until force, in `vm stop`."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """agent.toml. Every key has a default that suits one host."""
+
+    name: str = ""
+    """The host's name, unique among the hosts that trust each other; empty: the machine's hostname."""
+    listen: str = f"0.0.0.0:{PORT}"
+    advertise: str = ""
+    """`host:port` at which other hosts reach this agent; empty: the name and the port of `listen`."""
+    state_dir: str = "/var/lib/kvmhv"
+    run_dir: str = "/run/kvmhv"
+    socket_group: str = "kvmhv"
+    """Group that may use the UNIX socket (beside root); if it does not exist only root may."""
+    qemu_binary: str = ""
+    """Empty: `qemu-system-x86_64` in PATH."""
+    accel: str = "auto"
+    """`auto`, `kvm` or `tcg`."""
+    switches: tuple[str, ...] = ()
+    """Bridges that VMs may be attached to; empty: every bridge of the host."""
+    locations: dict[str, str] = {}
+    """Further places for disks: name -> directory. `default` is `state_dir`/disks unless given."""
+    metrics_subnets: tuple[str, ...] = ()
+    """Who may read /metrics without a certificate or token."""
+    migration_networks: tuple[str, ...] = ()
+    """Initial value of the setting migration.networks."""
+    migration_ports: tuple[int, int] = (49152, 49215)
+    log_format: str = "text"
+    """`text` or `json`."""
+    log_level: str = "info"
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+
+    @property
+    def state_path(self) -> Path:
+        """Directory of what must survive a reboot."""
+        return Path(self.state_dir)
+
+    @property
+    def run_path(self) -> Path:
+        """Directory of sockets and of what a reboot ends (on tmpfs)."""
+        return Path(self.run_dir)
+
+    @property
+    def socket_path(self) -> Path:
+        """The local UNIX socket."""
+        return self.run_path / "agent.sock"
+
+
+class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=None):
+    """Hyper-V's host settings for live migration (`kvmhv host set migration.KEY=VALUE`)."""
+
+    enabled: bool = False
+    """Both directions."""
+    moves_out: Annotated[int, Meta(ge=0, le=100)] = 2
+    moves_in: Annotated[int, Meta(ge=0, le=100)] = 2
+    storage_copies: Annotated[int, Meta(ge=0, le=100)] = 2
+    """Moves that copy disks at the same time, both directions together."""
+    use_any_network: bool = False
+    networks: tuple[str, ...] = ()
+    """Local subnets for migration traffic, `10.0.0.0/24` or with a priority `10.0.0.0/24@50` (higher goes first)."""
+    sources: tuple[str, ...] = ()
+    """Addresses and subnets of hosts that may move VMs in; empty: every trusted host."""
+    performance: str = "tcpip"
+    profile: str = "hyperv"
+    threshold_bytes: Bytes = Rule().threshold_bytes
+    bandwidth_bytes_per_s: Bytes = 0
+
+
+PROFILES: dict[str, int] = {"hyperv": 10, "hyperv-2012r2": 5}
+"""Complete passes after which the guest is stopped (2008 R2 and the brief: 10; since 2012 R2: 5)."""
+
+PERFORMANCE_OPTIONS = ("tcpip",)
+
+
+def load(path: Path | None) -> Config:
+    """Read and check the configuration file; None gives the defaults.
+
+    Raises CallerError `config-invalid` naming the file and the key.
+    """
+    data: dict[str, object] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise CallerError("config-invalid", f"{path}: {error}", "mend the file and start again") from error
+    return from_data(data, where=str(path or "defaults"))
+
+
+def from_data(data: dict[str, object], where: str) -> Config:
+    """Check already parsed configuration. Raises CallerError `config-invalid`."""
+    try:
+        config = msgspec.convert(data, Config)
+        if not config.name:
+            config = msgspec.structs.replace(config, name=socket.gethostname().split(".")[0])
+        host, port = split_address(config.listen)
+        ipaddress.ip_address(host)
+        if not config.advertise:
+            config = msgspec.structs.replace(config, advertise=f"{config.name}:{port}")
+        split_address(config.advertise)
+        for subnet in config.metrics_subnets:
+            ipaddress.ip_network(subnet)
+        parse_networks(config.migration_networks)
+        first, last = config.migration_ports
+        if not 1024 <= first <= last <= 65535:
+            raise ValueError("migration_ports: two ports between 1024 and 65535, the lower first")
+        if config.accel not in ("auto", "kvm", "tcg"):
+            raise ValueError("accel: auto, kvm or tcg")
+        if config.log_format not in ("text", "json"):
+            raise ValueError("log_format: text or json")
+    except (msgspec.ValidationError, ValueError) as error:
+        raise CallerError("config-invalid", f"{where}: {error}", "mend the file and start again") from error
+    return config
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Split `host:port` or `[v6]:port`. Raises ValueError."""
+    match = re.fullmatch(r"\[(?P<v6>[0-9a-fA-F:.]+)\]:(?P<p6>\d{1,5})|(?P<host>[^:\s]+):(?P<port>\d{1,5})", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not host:port")
+    port = int(match["p6"] or match["port"])
+    if not 0 <= port <= 65535:
+        raise ValueError(f"{text!r}: no such port")
+    return match["v6"] or match["host"], port
+
+
+def parse_networks(
+    networks: tuple[str, ...],
+) -> list[tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, int]]:
+    """Parse `subnet[@priority]` entries. Raises ValueError naming the entry."""
+    result = []
+    for entry in networks:
+        subnet, _, priority = entry.partition("@")
+        try:
+            result.append((ipaddress.ip_network(subnet), int(priority or 0)))
+        except ValueError as error:
+            raise ValueError(f"network {entry!r}: {error}") from None
+    return result
+
+
+def change_settings(settings: HostSettings, changes: dict[str, str]) -> HostSettings:
+    """Return the settings with `migration.KEY=VALUE` changes applied, all or none.
+
+    Lists are comma separated; sizes are bytes or have a suffix (64M). Raises CallerError `setting-unknown` or
+    `setting-invalid` naming the key.
+    """
+    values: dict[str, object] = msgspec.to_builtins(settings)
+    for key, text in changes.items():
+        field = key.removeprefix("migration.")
+        if field not in values or not key.startswith("migration."):
+            known = ", ".join(f"migration.{name}" for name in values)
+            raise CallerError("setting-unknown", f"there is no setting {key!r}", f"the settings are: {known}")
+        values[field] = _setting_value(field, values[field], text)
+    try:
+        changed = msgspec.convert(values, HostSettings, strict=False)
+        parse_networks(changed.networks)
+        for source in changed.sources:
+            ipaddress.ip_network(source)
+        if changed.profile not in PROFILES:
+            raise ValueError(f"profile: one of {', '.join(PROFILES)}")
+        if changed.performance not in PERFORMANCE_OPTIONS:
+            raise ValueError(f"performance: one of {', '.join(PERFORMANCE_OPTIONS)}")
+    except (msgspec.ValidationError, ValueError) as error:
+        raise CallerError("setting-invalid", str(error), "see `kvmhv host show` for the settings' values") from error
+    return changed
+
+
+def _setting_value(field: str, old: object, text: str) -> object:
+    if isinstance(old, bool):
+        if text.lower() not in ("true", "false", "yes", "no", "on", "off"):
+            raise CallerError("setting-invalid", f"migration.{field}: {text!r} is not true or false")
+        return text.lower() in ("true", "yes", "on")
+    if isinstance(old, list | tuple):
+        return [item.strip() for item in text.split(",") if item.strip()]
+    if field.endswith(("_bytes", "_bytes_per_s")):
+        return parse_size(text)
+    return text
+
+
+SIZE_UNITS = {"": 1, "B": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+
+
+def parse_size(text: str) -> int:
+    """Parse `4096`, `64M`, `1.5G`, `10T` (powers of 1024; `MiB` and `MB` mean the same).
+
+    Raises CallerError `size-invalid`.
+    """
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,6})?)\s*([BKMGT]?)(?:I?B)?", text.strip().upper())
+    if match is None:
+        raise CallerError(
+            "size-invalid", f"{text!r} is not a size", "write bytes or a number with K, M, G or T, e.g. 256M"
+        )
+    return int(float(match[1]) * SIZE_UNITS[match[2]]) if "." in match[1] else int(match[1]) * SIZE_UNITS[match[2]]

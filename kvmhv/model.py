@@ -1,0 +1,516 @@
+"""Frozen data that everyone shares: the VM, the host, the move and what was measured of it.
+
+Sizes are in bytes, times in seconds or milliseconds as the name says. Nothing here does I/O or reads a clock.
+"""
+
+import enum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+GIB = 1024**3
+MIB = 1024**2
+
+VM_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+"""Names become file names, tap names and host-visible labels: letters, digits, dot, underscore, dash; 63 at most."""
+
+Name = Annotated[str, Meta(pattern=VM_NAME_PATTERN)]
+Bytes = Annotated[int, Meta(ge=0)]
+
+MEMORY_MIN_BYTES = 1 * MIB
+MEMORY_MAX_BYTES = 4096 * GIB
+DISK_MIN_BYTES = 512
+DISK_MAX_BYTES = 64 * 1024 * GIB
+CPUS_MAX = 255
+
+DEFAULT_MACHINE = "pc-q35-7.2"
+"""Every supported QEMU (7.2 to 10.x) has it, so a VM can move between all of them."""
+
+DEFAULT_CPU = "x86-64-v2"
+"""A named baseline of kvmhv's own (spelt out in drivers/qemu/argv.py): the same guest CPU on every host."""
+
+
+class Struct(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all shared records: immutable; fields that a newer version added are ignored when read."""
+
+
+# --- the VM -------------------------------------------------------------------------------------------------------
+
+
+class DiskFormat(enum.StrEnum):
+    """Image formats that kvmhv runs."""
+
+    QCOW2 = "qcow2"
+    RAW = "raw"
+
+
+class Layer(Struct, frozen=True, kw_only=True):
+    """One image file of a disk: `location/path`, which means the same on every host that has the location."""
+
+    location: str
+    path: str
+    format: DiskFormat
+
+
+class Disk(Struct, frozen=True, kw_only=True):
+    """A virtual disk: its layers from the top (written) down to the last backing file (read only)."""
+
+    name: str
+    """`disk0`, `disk1`, ...: block node, device and export are named after it."""
+    size_bytes: Bytes
+    layers: tuple[Layer, ...]
+    pci_slot: int
+
+
+class Nic(Struct, frozen=True, kw_only=True):
+    """A virtio network card on a named switch (a bridge of that name on the host)."""
+
+    name: str
+    switch: str
+    mac: str
+    pci_slot: int
+
+
+class DirectKernel(Struct, frozen=True, kw_only=True):
+    """Direct kernel boot. The files belong to the VM (`kernel` and `initrd` in its directory) and move with it."""
+
+    append: str = ""
+    kernel_sha256: str
+    kernel_bytes: Bytes
+    initrd_sha256: str | None = None
+    initrd_bytes: Bytes = 0
+
+
+class Vm(Struct, frozen=True, kw_only=True):
+    """A VM's whole definition: what the guest sees, and nothing that differs between hosts."""
+
+    id: str
+    name: Name
+    memory_bytes: Bytes
+    cpus: int
+    machine: str = DEFAULT_MACHINE
+    cpu: str = DEFAULT_CPU
+    disks: tuple[Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    kernel: DirectKernel | None = None
+    epoch: int = 0
+    """Counts the VM's changes of host; a grant is for one epoch only."""
+
+
+class VmState(enum.StrEnum):
+    """What a VM does on this host."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    INCOMING = "incoming"
+    STOPPING = "stopping"
+    CRASHED = "crashed"
+    """Its QEMU ended without being asked to."""
+
+
+class Accel(enum.StrEnum):
+    """How QEMU runs the guest's CPUs."""
+
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+# --- the host -----------------------------------------------------------------------------------------------------
+
+
+class Location(Struct, frozen=True, kw_only=True):
+    """A named place for disks on a host. `shared_id` is equal on two hosts exactly if both see the same storage."""
+
+    name: str
+    kind: str = "dir"
+    path: str = ""
+    free_bytes: Bytes = 0
+    total_bytes: Bytes = 0
+    shared_id: str | None = None
+
+
+class QemuInfo(Struct, frozen=True, kw_only=True):
+    """What this host's QEMU can do, probed once per binary and accelerator (query-version, query-machines, ...)."""
+
+    binary: str
+    version: tuple[int, int, int]
+    accel: Accel
+    machines: tuple[str, ...]
+    cpu_models: dict[str, tuple[str, ...]]
+    """Usable CPU models by name, each with its `unavailable-features` here (empty: it runs fully)."""
+    capabilities: tuple[str, ...]
+    """Migration capabilities that it knows."""
+    parameters: tuple[str, ...]
+    """Migration parameters that it knows."""
+
+    @property
+    def version_text(self) -> str:
+        """Version as people write it, e.g. `10.0.13`."""
+        return ".".join(str(part) for part in self.version)
+
+
+class Refusal(Struct, frozen=True, kw_only=True):
+    """A host says no to a move before anything is allocated: which setting of which host, and why."""
+
+    code: str
+    host: str
+    setting: str | None
+    text: str
+
+
+class Address(Struct, frozen=True, kw_only=True):
+    """An address of the host that migration traffic may use, and its network's priority (higher goes first)."""
+
+    ip: str
+    prefix: int
+    priority: int = 0
+
+
+class Inventory(Struct, frozen=True, kw_only=True):
+    """What a host can tell about itself for the check of one VM's move: made fresh for each question."""
+
+    host: str
+    host_id: str
+    boot_id: str
+    kvmhv_version: str
+    qemu: QemuInfo
+    cpu_vendor: str
+    memory_available_bytes: Bytes
+    cpus: int
+    locations: tuple[Location, ...]
+    switches: tuple[str, ...]
+    vm_names: tuple[str, ...]
+    vm_ids: tuple[str, ...]
+    migration_addresses: tuple[Address, ...]
+    refusal: Refusal | None = None
+    """Set when the host's settings would refuse this very move (limit, source address, switched off)."""
+    facts_of_vm: "VmFacts | None" = None
+    """Source only: what its running QEMU says of the VM."""
+
+
+class VmFacts(Struct, frozen=True, kw_only=True):
+    """What the running QEMU says of one VM, read before a move."""
+
+    running: bool
+    qemu_version: tuple[int, int, int]
+    accel: Accel
+    memory_used_bytes: Bytes
+    dirty_bytes_per_s: float | None
+    blockers: tuple[str, ...]
+    """`blocked-reasons` of query-migrate: devices that cannot migrate."""
+    disk_used_bytes: dict[str, int]
+    """Allocated bytes per disk name."""
+
+
+# --- a check's result ---------------------------------------------------------------------------------------------
+
+
+class Severity(enum.StrEnum):
+    """ERROR stops the move; WARNING is told and goes on."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+class Finding(Struct, frozen=True, kw_only=True):
+    """One line of a compatibility report (Hyper-V: Compare-VM's incompatibility)."""
+
+    id: str
+    """Stable, e.g. `switch-missing`; the manual has a paragraph for each."""
+    severity: Severity
+    object: str
+    """What it is about, e.g. `nic0`, `disk1`, `web01`."""
+    host: str
+    text: str
+    todo: str
+
+
+# --- the move -----------------------------------------------------------------------------------------------------
+
+
+class Phase(enum.StrEnum):
+    """Hyper-V's four phases, and storage before memory when disks move too."""
+
+    SETUP = "setup"
+    STORAGE = "storage"
+    MEMORY = "memory"
+    STATE = "state"
+    CLEANUP = "cleanup"
+
+
+class Mode(enum.StrEnum):
+    """What travels beside memory and state."""
+
+    SHARED_NOTHING = "shared-nothing"
+    SHARED_STORAGE = "shared-storage"
+
+
+class Outcome(enum.StrEnum):
+    """How a move ended. RUNNING: it has not ended."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    NEEDS_OPERATOR = "needs-operator"
+
+
+class Rule(Struct, frozen=True, kw_only=True):
+    """The pre-copy rule: stop when remaining <= threshold, or when `max_passes` are complete, whichever is first."""
+
+    max_passes: int = 10
+    threshold_bytes: Bytes = 4 * MIB
+    bandwidth_bytes_per_s: Bytes = 0
+    """0: as fast as the network takes it."""
+
+
+class MoveRequest(Struct, frozen=True, kw_only=True):
+    """What the operator asked for. None: the host's setting decides."""
+
+    vm: str
+    target: str
+    include_storage: bool = False
+    storage: str | None = None
+    max_passes: int | None = None
+    threshold_bytes: Bytes | None = None
+    bandwidth_bytes_per_s: Bytes | None = None
+
+
+class DiskCopy(Struct, frozen=True, kw_only=True):
+    """How one disk travels: its backing layers are copied as they are, its top is mirrored while it is written."""
+
+    disk: str
+    size_bytes: Bytes
+    used_bytes: Bytes
+    source_layers: tuple[Layer, ...]
+    target_layers: tuple[Layer, ...]
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What a move will do, made from both inventories; both sides follow the same plan."""
+
+    mode: Mode
+    rule: Rule
+    source_address: str
+    target_address: str
+    capabilities: tuple[str, ...]
+    disk_copies: tuple[DiskCopy, ...]
+    target_vm: Vm
+    """The VM as it will be defined at the target (disk layers may lie elsewhere; epoch is one higher)."""
+    estimate_seconds: float | None
+    estimate_bytes: int
+    timeouts: "Timeouts"
+
+
+class Timeouts(Struct, frozen=True, kw_only=True):
+    """Bounds of every wait of a move, in seconds. They come from the source's configuration and travel in the plan."""
+
+    answer_s: float = 20.0
+    """A message that the other agent answers from memory."""
+    prepare_s: float = 120.0
+    """Target: making disks, starting QEMU."""
+    storage_idle_s: float = 120.0
+    """No byte of a disk copied for so long: the move fails."""
+    storage_s: float = 48 * 3600.0
+    """The whole storage phase."""
+    memory_idle_s: float = 60.0
+    """No page sent for so long: the move fails."""
+    memory_s: float = 12 * 3600.0
+    """The whole memory phase."""
+    switchover_s: float = 30.0
+    """From the guest's stop to the end of the transfer; beyond it the guest goes on at the source."""
+    grant_s: float = 15.0
+    """From the grant to the target's answer; beyond it the move needs the operator until the other side answers."""
+    reconnect_s: float = 30.0
+    """A lost peer before the grant: so long a side tries again before it gives the move up."""
+    undo_s: float = 60.0
+    """Taking back what a move made."""
+
+
+class Pass(Struct, frozen=True, kw_only=True):
+    """One complete sweep of pre-copy."""
+
+    number: int
+    sent_bytes: int
+    """Sent over the wire in this pass."""
+    remaining_bytes: int
+    """Dirty when it ended: what the next pass has to send."""
+    dirty_bytes_per_second: float
+    bytes_per_second: float
+    seconds: float
+
+
+class PhaseTime(Struct, frozen=True, kw_only=True):
+    """How long a phase took."""
+
+    phase: Phase
+    seconds: float
+
+
+class Switchover(Struct, frozen=True, kw_only=True):
+    """Why the guest was stopped, and after how many complete passes."""
+
+    reason: str
+    """`threshold` or `pass-limit`."""
+    pass_number: int = msgspec.field(name="pass")
+    remaining_bytes: int = 0
+
+
+class MoveReport(Struct, frozen=True, kw_only=True):
+    """A move as the API and `vm move --json` show it: while it runs and when it has ended."""
+
+    id: str
+    vm: str
+    vm_id: str
+    source: str
+    target: str
+    direction: str
+    """`out` on the source's agent, `in` on the target's."""
+    mode: Mode | None
+    outcome: Outcome
+    reason: str | None
+    """Why it did not end well: which side and what; None when it did."""
+    error: "ErrorBody | None"
+    phase: Phase
+    phases: tuple[PhaseTime, ...]
+    passes: tuple[Pass, ...]
+    switchover: Switchover | None
+    blackout_ms: float | None
+    """From the moment the source is told to stop to the target's RESUME; the clocks are aligned over the connection."""
+    blackout_uncertainty_ms: float | None
+    memory_bytes: int
+    disk_bytes: int
+    findings: tuple[Finding, ...]
+    progress: float
+    """0..1, never goes backward."""
+    remaining_bytes: int
+    storage_total_bytes: int
+    storage_copied_bytes: int
+    warnings: tuple[str, ...]
+    started_at: float
+    """UNIX time, for people; nothing is decided by it."""
+    ended_at: float | None
+
+
+class ErrorBody(Struct, frozen=True, kw_only=True):
+    """An error as the REST API and `--json` show it."""
+
+    code: str
+    message: str
+    todo: str
+    host: str | None = None
+    exit_status: int = 1
+    findings: tuple[Finding, ...] = ()
+
+
+# --- what the CLI and the API show --------------------------------------------------------------------------------
+
+
+class VmSummary(Struct, frozen=True, kw_only=True):
+    """A row of `vm list`."""
+
+    name: str
+    id: str
+    state: VmState
+    host: str
+    memory_bytes: int
+    cpus: int
+
+
+class VmDetails(Struct, frozen=True, kw_only=True):
+    """`vm show`: the definition, and what runs of it here."""
+
+    vm: Vm
+    state: VmState
+    host: str
+    pid: int | None
+    accel: Accel | None
+    qemu_version: str | None
+    started_at: float | None
+    move: str | None
+    """Id of the move that it is in."""
+    console: str | None
+    """UNIX socket of its serial console on the host."""
+    exit_reason: str | None = None
+
+
+class DiskSpec(Struct, frozen=True, kw_only=True):
+    """`--disk SPEC` of `vm create`; exactly one of size_bytes, file and image is given (size may go with backing)."""
+
+    size_bytes: Bytes | None = None
+    file: str | None = None
+    image: str | None = None
+    format: DiskFormat | None = None
+    backing: str | None = None
+    location: str | None = None
+
+
+class VmSpec(Struct, frozen=True, kw_only=True):
+    """What `vm create` asks for."""
+
+    name: str
+    memory_bytes: int
+    cpus: int = 1
+    machine: str | None = None
+    cpu: str | None = None
+    disks: tuple[DiskSpec, ...] = ()
+    switches: tuple[str, ...] = ()
+    macs: tuple[str, ...] = ()
+    image: str | None = None
+    append: str | None = None
+
+
+class Image(Struct, frozen=True, kw_only=True):
+    """An imported image: a kernel with its initrd, or a disk, or both."""
+
+    name: str
+    kernel_bytes: int | None = None
+    kernel_sha256: str | None = None
+    initrd_bytes: int | None = None
+    initrd_sha256: str | None = None
+    append: str = ""
+    disk_bytes: int | None = None
+    disk_virtual_bytes: int | None = None
+    disk_format: DiskFormat | None = None
+
+
+class TrustedHost(Struct, frozen=True, kw_only=True):
+    """A host whose certificate is accepted."""
+
+    name: str
+    address: str
+    """`host:port` of its agent."""
+    fingerprint: str
+    """SHA-256 of the certificate, hex."""
+
+
+class HostReport(Struct, frozen=True, kw_only=True):
+    """`host show`."""
+
+    name: str
+    id: str
+    kvmhv_version: str
+    listen: str
+    address: str
+    fingerprint: str
+    qemu: QemuInfo | None
+    accel_reason: str
+    """Why KVM or TCG was chosen, in words."""
+    settings: dict[str, object]
+    locations: tuple[Location, ...]
+    switches: tuple[str, ...]
+    trusted: tuple[TrustedHost, ...]
+    moves_out: int
+    moves_in: int
+
+
+class Problem(Struct, frozen=True, kw_only=True):
+    """A line of `kvmhv doctor`."""
+
+    id: str
+    severity: Severity
+    text: str
+    todo: str

@@ -1,0 +1,324 @@
+"""What the program needs of the outside: one Protocol for each outside thing.
+
+The agent is written against these; `drivers/` implements them, and the simulation implements them in memory. Every
+method raises KvmhvError subclasses only (HostError unless said otherwise), ends within its own deadline, and can be
+repeated: doing it twice leaves what doing it once leaves.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Protocol
+
+from kvmhv.model import (
+    Accel,
+    Layer,
+    Location,
+    Plan,
+    QemuInfo,
+    Struct,
+    Vm,
+    VmFacts,
+)
+
+# --- the hypervisor -----------------------------------------------------------------------------------------------
+
+
+class RunState(Struct, frozen=True, kw_only=True):
+    """What a VM's QEMU process says of itself (`query-status`, `query-migrate`); `process` False: it is gone."""
+
+    process: bool
+    status: str = ""
+    """QEMU's RunState: running, paused, inmigrate, postmigrate, finish-migrate, shutdown, io-error, ..."""
+    migration: str = ""
+    """Status of query-migrate: empty, setup, active, pre-switchover, device, completed, failed, cancelled, ..."""
+    ever_ran: bool = False
+    """It runs or was seen to run as the only copy (not `-incoming` any more)."""
+    accel: Accel | None = None
+    qemu_version: str = ""
+    pid: int | None = None
+    answers: bool = True
+    """False: the process is there, and QMP does not answer."""
+
+
+class QemuEvent(Struct, frozen=True, kw_only=True):
+    """Something that QEMU said by itself. `at_ms` is the agent's monotonic clock when it arrived."""
+
+    vm_id: str
+    name: str
+    data: dict[str, object]
+    at_ms: float
+
+
+class MemoryStats(Struct, frozen=True, kw_only=True):
+    """query-migrate, in one flat record. All zero before the first pass."""
+
+    status: str
+    transferred_bytes: int = 0
+    remaining_bytes: int = 0
+    total_bytes: int = 0
+    dirty_bytes_per_s: float = 0.0
+    throughput_bytes_per_s: float = 0.0
+    dirty_sync_count: int = 0
+    error: str = ""
+
+
+class MirrorStats(Struct, frozen=True, kw_only=True):
+    """A disk's copy: bytes done and to do, and whether writes go to both sides now."""
+
+    disk: str
+    copied_bytes: int
+    total_bytes: int
+    ready: bool
+    error: str = ""
+
+
+class IncomingAddress(Struct, frozen=True, kw_only=True):
+    """Where a waiting QEMU listens."""
+
+    memory_port: int
+    disk_port: int | None
+
+
+EventSink = Callable[[QemuEvent], None]
+
+
+class Hypervisor(Protocol):
+    """QEMU processes of this host, each known by its VM's id. Implemented by drivers/qemu."""
+
+    async def probe(self) -> QemuInfo:
+        """Ask the binary what it can do (cached per binary). Raises HostError `qemu-missing`."""
+        ...
+
+    def accel_reason(self) -> str:
+        """Why KVM or TCG was chosen by the probe, in words."""
+        ...
+
+    # a VM's life
+    async def start(self, vm: Vm, disk_paths: dict[str, tuple[Path, ...]], taps: dict[str, str]) -> None:
+        """Start the VM running. `disk_paths`: files of each disk's layers, top first; `taps`: each nic's tap.
+
+        Raises HostError `qemu-start` with QEMU's own words; then no process is left.
+        """
+        ...
+
+    async def power_button(self, vm_id: str) -> None:
+        """Press the ACPI power button (`system_powerdown`)."""
+        ...
+
+    async def kill(self, vm_id: str) -> None:
+        """End the process (`quit`, then SIGKILL) and wait until it is gone; no error if it is."""
+        ...
+
+    async def wait_gone(self, vm_id: str, timeout_s: float) -> bool:
+        """Wait for the process to end by itself; False when it has not in time."""
+        ...
+
+    async def state(self, vm_id: str) -> RunState:
+        """Return what the process says now; never raises for a process that hangs or is gone."""
+        ...
+
+    async def known(self) -> tuple[str, ...]:
+        """Ids of the VMs that have a live process on this host, also ones that an earlier agent started."""
+        ...
+
+    async def cont(self, vm_id: str) -> float:
+        """Let the guest run; returns the agent's monotonic ms at which QEMU's RESUME arrived. No error if it runs."""
+        ...
+
+    def on_event(self, sink: EventSink) -> None:
+        """Every event of every VM's QEMU goes to `sink`, also the pseudo event GONE when a process ends."""
+        ...
+
+    def console_socket(self, vm_id: str) -> Path:
+        """UNIX socket of the VM's serial console."""
+        ...
+
+    async def facts(self, vm: Vm) -> VmFacts:
+        """Read what the check of a move needs from the running QEMU."""
+        ...
+
+    # target of a move
+    async def start_incoming(
+        self,
+        vm: Vm,
+        disk_paths: dict[str, tuple[Path, ...]],
+        taps: dict[str, str],
+        plan: Plan,
+        psk_hex: str,
+        export_disks: tuple[str, ...],
+    ) -> IncomingAddress:
+        """Start QEMU with `-incoming defer -S`, listening on plan.target_address under TLS-PSK; disks exported by NBD."""
+        ...
+
+    async def unexport(self, vm_id: str) -> None:
+        """End the NBD exports and their server."""
+        ...
+
+    # source of a move
+    async def mirror(self, vm: Vm, plan: Plan, address: IncomingAddress, psk_hex: str) -> None:
+        """Begin to mirror every disk of the plan (copy-mode write-blocking); returns when the jobs run."""
+        ...
+
+    async def mirror_stats(self, vm_id: str) -> tuple[MirrorStats, ...]:
+        """Progress of each mirror; a job that ended with an error has it in `error`."""
+        ...
+
+    async def finish_mirrors(self, vm_id: str) -> None:
+        """End ready mirrors in sync, without pivot. The guest is stopped. Raises HostError `mirror-failed`."""
+        ...
+
+    async def migrate(self, vm: Vm, plan: Plan, address: IncomingAddress, psk_hex: str) -> None:
+        """Begin the memory migration with the plan's capabilities (events, return-path, pause-before-switchover, ...)."""
+        ...
+
+    async def memory_stats(self, vm_id: str) -> MemoryStats:
+        """Return query-migrate; status `lost` when QMP does not answer in time."""
+        ...
+
+    async def stop_guest(self, vm_id: str) -> None:
+        """Lift the bandwidth cap, then `stop`: the lever at the end of the last pass."""
+        ...
+
+    async def continue_switchover(self, vm_id: str) -> None:
+        """`migrate-continue` out of pre-switchover."""
+        ...
+
+    async def undo_source(self, vm_id: str, timeout_s: float) -> str:
+        """Cancel memory and mirrors, remove what the move added; does not `cont`. Also when QMP hangs (OOB `yank`).
+
+        Returns the migration's final status (`completed` means that it was too late to cancel it).
+        """
+        ...
+
+
+# --- disks and network --------------------------------------------------------------------------------------------
+
+
+class Disks(Protocol):
+    """Image files in this host's locations. Implemented by drivers/storage."""
+
+    async def locations(self) -> tuple[Location, ...]:
+        """Every location with its free space, fresh."""
+        ...
+
+    def path(self, layer: Layer) -> Path:
+        """Return the file of a layer.
+
+        Raises CallerError `location-unknown`, or `path-invalid` if it would leave the location.
+        """
+        ...
+
+    async def create(self, layer: Layer, size_bytes: int, backing: Layer | None) -> None:
+        """Make an empty image of exactly `size_bytes`; never overwrites a file (HostError `file-exists`)."""
+        ...
+
+    async def copy_in(self, file: Path, layer: Layer) -> None:
+        """Copy (convert) an image file into a layer without backing."""
+        ...
+
+    async def describe(self, file: Path) -> tuple[str, int, tuple[Path, ...]]:
+        """Return format, virtual size and the chain of backing files (top first, itself included) by `qemu-img info`.
+
+        Raises CallerError `disk-invalid` for a file that is no image of a known format.
+        """
+        ...
+
+    async def used_bytes(self, layer: Layer) -> int:
+        """Allocated bytes of the image file."""
+        ...
+
+    async def remove(self, layer: Layer) -> None:
+        """Remove the file and its directory if that is empty then; no error if it is gone."""
+        ...
+
+
+class Network(Protocol):
+    """Taps, bridges and addresses of this host. Implemented by drivers/network."""
+
+    async def switches(self) -> tuple[str, ...]:
+        """Names of the bridges that VMs may be attached to."""
+        ...
+
+    async def add_tap(self, tap: str, switch: str) -> None:
+        """Make a tap, attach it to the switch, set it up."""
+        ...
+
+    async def remove_tap(self, tap: str) -> None:
+        """Remove the tap; no error if it is gone."""
+        ...
+
+    async def taps(self) -> tuple[str, ...]:
+        """Names of all taps that kvmhv made (they start with `kv`)."""
+        ...
+
+    async def addresses(self) -> tuple[tuple[str, int], ...]:
+        """(ip, prefix length) of every address of the host, loopback left out."""
+        ...
+
+
+# --- the other agent, the journal, the clock ----------------------------------------------------------------------
+
+
+class PeerConnection(Protocol):
+    """One move's connection to the other agent: whole frames (bytes), in order, no duplicates within one connection."""
+
+    peer_name: str
+    """The host's name, proved by its certificate."""
+    peer_ip: str
+    local_ip: str
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame. Raises PeerUnreachable when the connection is gone."""
+        ...
+
+    def frames(self) -> AsyncIterator[bytes]:
+        """Yield what arrives until the connection ends. Raises PeerBroke for a frame over the bound."""
+        ...
+
+    async def close(self) -> None:
+        """End the connection; no error if it has ended."""
+        ...
+
+
+class Peer(Protocol):
+    """Connections to other agents. Implemented by drivers/peer over mutual TLS."""
+
+    async def connect(self, host: str, timeout_s: float) -> PeerConnection:
+        """Connect to a trusted host's agent.
+
+        Raises CallerError `host-unknown` (not trusted here), PeerUnreachable, Refused `peer-untrusted` (it does not
+        trust this host).
+        """
+        ...
+
+    async def send_file(self, host: str, move_id: str, name: str, file: Path, timeout_s: float) -> None:
+        """Upload a file that belongs to the VM (kernel, initrd) to the target, for a move that it has offered."""
+        ...
+
+
+class Journal(Protocol):
+    """What survives. Implemented by drivers/journal: durable in SQLite, volatile on tmpfs (survives the agent only)."""
+
+    def write(self, move_id: str, role: str, state: bytes, *, durable: bool) -> None:
+        """Keep a machine's state; durable: on disk when it returns. Both keep only the newest, by a sequence number."""
+        ...
+
+    def load(self) -> tuple[tuple[str, str, bytes], ...]:
+        """Return (move id, role, newest state) of every move that has not been ended here."""
+        ...
+
+    def end(self, move_id: str, role: str, report: bytes) -> None:
+        """Replace a move's states by its final report."""
+        ...
+
+
+class Clock(Protocol):
+    """Time. Decisions use `monotonic_ms` only."""
+
+    def monotonic_ms(self) -> float:
+        """Milliseconds that never go backward on this host."""
+        ...
+
+    def wall_s(self) -> float:
+        """UNIX time, for people."""
+        ...
