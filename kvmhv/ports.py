@@ -147,7 +147,7 @@ class Hypervisor(Protocol):
         psk_hex: str,
         export_disks: tuple[str, ...],
     ) -> IncomingAddress:
-        """Start QEMU with `-incoming defer -S`, listening on plan.target_address under TLS-PSK; disks exported by NBD."""
+        """Start QEMU with `-incoming defer -S`, listening on plan.target_address under TLS-PSK; export disks by NBD."""
         ...
 
     async def unexport(self, vm_id: str) -> None:
@@ -168,7 +168,7 @@ class Hypervisor(Protocol):
         ...
 
     async def migrate(self, vm: Vm, plan: Plan, address: IncomingAddress, psk_hex: str) -> None:
-        """Begin the memory migration with the plan's capabilities (events, return-path, pause-before-switchover, ...)."""
+        """Begin the memory migration with the plan's capabilities (events, return-path, pause-before-switchover)."""
         ...
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
@@ -309,6 +309,26 @@ class Journal(Protocol):
 
     def end(self, move_id: str, role: str, report: bytes) -> None:
         """Replace a move's states by its final report."""
+        ...
+
+
+class Records(Protocol):
+    """Small durable records by kind and key (VMs, settings, trust, tokens). Implemented by drivers/database."""
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        """Keep a record; on disk when it returns."""
+        ...
+
+    def get(self, kind: str, key: str) -> bytes | None:
+        """Return a record, None if there is none."""
+        ...
+
+    def all(self, kind: str) -> tuple[tuple[str, bytes], ...]:
+        """Return every (key, value) of a kind, by key."""
+        ...
+
+    def delete(self, kind: str, key: str) -> None:
+        """Forget a record; no error if there is none."""
         ...
 
 

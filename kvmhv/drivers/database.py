@@ -1,0 +1,143 @@
+"""SQLite (WAL, synchronous=FULL) for what must survive a reboot, files on tmpfs for what must survive the agent only.
+
+Calls block for the time of one fsync; they are short on purpose and made from the event loop, because a move may not go
+on before its journal entry is on disk.
+"""
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from kvmhv.errors import HostError
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE records (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (kind, key)) STRICT;
+CREATE TABLE journal (move TEXT NOT NULL, role TEXT NOT NULL, sequence INTEGER NOT NULL, state BLOB NOT NULL,
+                      PRIMARY KEY (move, role)) STRICT;
+CREATE TABLE moves (move TEXT NOT NULL, role TEXT NOT NULL, number INTEGER PRIMARY KEY AUTOINCREMENT,
+                    report BLOB NOT NULL, UNIQUE (move, role)) STRICT;
+"""
+
+
+class _Volatile(msgspec.Struct):
+    sequence: int
+    state: bytes
+
+
+class Database:
+    """Implements ports.Records and ports.Journal. One agent has it open at a time."""
+
+    def __init__(self, path: Path, volatile_dir: Path, moves_kept: int) -> None:
+        """Open or make the database. Raises HostError `database` or `database-newer`."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        volatile_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._volatile_dir = volatile_dir
+        self._moves_kept = moves_kept
+        try:
+            self._sqlite = sqlite3.connect(path, isolation_level=None, timeout=5)
+            self._sqlite.execute("PRAGMA journal_mode=WAL")
+            self._sqlite.execute("PRAGMA synchronous=FULL")
+            version = self._sqlite.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                self._sqlite.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+        except sqlite3.Error as error:
+            raise HostError("database", f"{path}: {error}", "check the disk and the file's owner") from error
+        if version > SCHEMA_VERSION:
+            raise HostError(
+                "database-newer", f"{path} was written by a newer kvmhv", "install that version again, or a newer one"
+            )
+        path.chmod(0o600)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._sqlite.close()
+
+    # --- ports.Records
+
+    def put(self, kind: str, key: str, value: bytes) -> None:
+        """Keep a record; on disk when it returns."""
+        self._execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?)", kind, key, value)
+
+    def get(self, kind: str, key: str) -> bytes | None:
+        """Return a record, None if there is none."""
+        rows = self._execute("SELECT value FROM records WHERE kind = ? AND key = ?", kind, key)
+        return rows[0][0] if rows else None
+
+    def all(self, kind: str) -> tuple[tuple[str, bytes], ...]:
+        """Return every (key, value) of a kind, by key."""
+        return tuple(self._execute("SELECT key, value FROM records WHERE kind = ? ORDER BY key", kind))
+
+    def delete(self, kind: str, key: str) -> None:
+        """Forget a record; no error if there is none."""
+        self._execute("DELETE FROM records WHERE kind = ? AND key = ?", kind, key)
+
+    # --- ports.Journal
+
+    def write(self, move_id: str, role: str, state: bytes, *, durable: bool) -> None:
+        """Keep a machine's newest state; durable: on disk when it returns, else on tmpfs."""
+        sequence = self._sequence(move_id, role) + 1
+        if durable:
+            self._execute("INSERT OR REPLACE INTO journal VALUES (?, ?, ?, ?)", move_id, role, sequence, state)
+            return
+        file = self._volatile_file(move_id, role)
+        fresh = file.with_suffix(".new")
+        fresh.write_bytes(msgspec.msgpack.encode(_Volatile(sequence, state)))
+        fresh.replace(file)
+
+    def load(self) -> tuple[tuple[str, str, bytes], ...]:
+        """Return (move id, role, newest state) of every move that has not been ended here."""
+        found = []
+        for move_id, role, sequence, state in self._execute("SELECT move, role, sequence, state FROM journal"):
+            volatile = self._read_volatile(move_id, role)
+            newest = volatile.state if volatile is not None and volatile.sequence > sequence else state
+            found.append((move_id, role, newest))
+        return tuple(found)
+
+    def end(self, move_id: str, role: str, report: bytes) -> None:
+        """Replace a move's states by its final report; the oldest reports beyond `moves_kept` are forgotten."""
+        try:
+            with self._sqlite:
+                self._sqlite.execute("BEGIN")
+                self._sqlite.execute("DELETE FROM journal WHERE move = ? AND role = ?", (move_id, role))
+                self._sqlite.execute(
+                    "INSERT OR REPLACE INTO moves (move, role, report) VALUES (?, ?, ?)", (move_id, role, report)
+                )
+                self._sqlite.execute(
+                    "DELETE FROM moves WHERE number <= (SELECT max(number) FROM moves) - ?", (self._moves_kept,)
+                )
+        except sqlite3.Error as error:
+            raise _failed(error) from error
+        self._volatile_file(move_id, role).unlink(missing_ok=True)
+
+    def reports(self) -> tuple[bytes, ...]:
+        """Return the reports of ended moves, the newest last."""
+        return tuple(row[0] for row in self._execute("SELECT report FROM moves ORDER BY number"))
+
+    # ---
+
+    def _execute(self, statement: str, *values: str | bytes | int) -> list[Any]:
+        try:
+            return self._sqlite.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise _failed(error) from error
+
+    def _sequence(self, move_id: str, role: str) -> int:
+        rows = self._execute("SELECT sequence FROM journal WHERE move = ? AND role = ?", move_id, role)
+        volatile = self._read_volatile(move_id, role)
+        return max(rows[0][0] if rows else 0, volatile.sequence if volatile else 0)
+
+    def _volatile_file(self, move_id: str, role: str) -> Path:
+        return self._volatile_dir / f"{move_id}.{role}"
+
+    def _read_volatile(self, move_id: str, role: str) -> _Volatile | None:
+        try:
+            return msgspec.msgpack.decode(self._volatile_file(move_id, role).read_bytes(), type=_Volatile)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            return None
+
+
+def _failed(error: sqlite3.Error) -> HostError:
+    return HostError("database", f"the agent's database: {error}", "check the disk of the agent's state directory")
