@@ -267,6 +267,13 @@ class Rule(Struct, frozen=True, kw_only=True):
     """0: as fast as the network takes it."""
 
 
+class IncomingAddress(Struct, frozen=True, kw_only=True):
+    """Ports on which a waiting QEMU listens, at the plan's target address."""
+
+    memory_port: int
+    disk_port: int | None
+
+
 class MoveRequest(Struct, frozen=True, kw_only=True):
     """What the operator asked for. None: the host's setting decides."""
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kvmhv.model import (
     Accel,
+    IncomingAddress,
     Layer,
     Location,
     Plan,
@@ -70,13 +71,6 @@ class MirrorStats(Struct, frozen=True, kw_only=True):
     total_bytes: int
     ready: bool
     error: str = ""
-
-
-class IncomingAddress(Struct, frozen=True, kw_only=True):
-    """Where a waiting QEMU listens."""
-
-    memory_port: int
-    disk_port: int | None
 
 
 EventSink = Callable[[QemuEvent], None]

@@ -1,0 +1,136 @@
+"""What a machine can ask for. The runner performs a list of effects in its order; all of them can be repeated.
+
+An effect that takes time answers with a fact when it is done, or with `Failed(effect=<its name>)`. `Cont` is made in
+handover.py alone.
+"""
+
+from kvmhv.messages import AnyMessage
+from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Plan, Struct, Vm
+
+
+class Effect(Struct, frozen=True, kw_only=True):
+    """Base of all effects."""
+
+
+# --- both sides
+
+
+class Journal(Effect, frozen=True, kw_only=True):
+    """Keep the machine's state as it is after this step, before any later effect of the list is done.
+
+    Durable: on disk. Not durable: on tmpfs, which survives the agent but not the host (no disk write in the blackout).
+    """
+
+    durable: bool = True
+
+
+class Send(Effect, frozen=True, kw_only=True):
+    """Say it to the other agent; if there is no connection it is dropped (PeerConnected repeats what matters)."""
+
+    message: AnyMessage
+
+
+class SetTimer(Effect, frozen=True, kw_only=True):
+    """TimerFired(name) after so long, unless the timer is set anew or cleared."""
+
+    name: str
+    after_s: float
+
+
+class ClearTimer(Effect, frozen=True, kw_only=True):
+    """Forget a timer."""
+
+    name: str
+
+
+class Cont(Effect, frozen=True, kw_only=True):
+    """Let the guest run on this host. Answered by GuestRuns."""
+
+    vm_id: str
+    epoch: int
+
+
+class Finish(Effect, frozen=True, kw_only=True):
+    """The move is over on this side: the report replaces the journal's states, the VM is no longer claimed."""
+
+    report: MoveReport
+
+
+class NeedOperator(Effect, frozen=True, kw_only=True):
+    """Tell the operator: the VM stands still until somebody decides, or until the other side answers."""
+
+    error: ErrorBody
+
+
+# --- source
+
+
+class SendFiles(Effect, frozen=True, kw_only=True):
+    """Upload the VM's kernel and initrd. Answered by FilesUploaded."""
+
+
+class MirrorDisks(Effect, frozen=True, kw_only=True):
+    """Mirror each disk of the plan. Answered by MirrorProgress, ..., MirrorsReady."""
+
+    plan: Plan
+    address: IncomingAddress
+
+
+class SendMemory(Effect, frozen=True, kw_only=True):
+    """Start the memory migration. Answered by PassStarted, MemoryProgress, PreSwitchover, MemorySent, MemoryFailed."""
+
+    plan: Plan
+    address: IncomingAddress
+
+
+class StopGuest(Effect, frozen=True, kw_only=True):
+    """The lever: lift the bandwidth cap and `stop`. Answered by GuestStopped."""
+
+
+class FinishMirrors(Effect, frozen=True, kw_only=True):
+    """End the mirrors in sync; the guest is stopped. Answered by MirrorsFinished."""
+
+
+class ContinueSwitchover(Effect, frozen=True, kw_only=True):
+    """`migrate-continue`: the device state goes over."""
+
+
+class UndoSource(Effect, frozen=True, kw_only=True):
+    """Cancel memory and mirrors (by force if QMP hangs). Does not run the guest. Answered by Undone."""
+
+    timeout_s: float
+
+
+class EndCopy(Effect, frozen=True, kw_only=True):
+    """End the source's QEMU, its taps and its run files. Answered by CopyEnded."""
+
+
+class RemoveCopy(Effect, frozen=True, kw_only=True):
+    """Delete the disks that moved, the kernel files and the VM's record. Answered by CopyRemoved."""
+
+    plan: Plan
+
+
+# --- target
+
+
+class Prepare(Effect, frozen=True, kw_only=True):
+    """Make disks and taps, start the incoming QEMU, export the disks. Answered by IncomingReady."""
+
+    plan: Plan
+
+
+class Unexport(Effect, frozen=True, kw_only=True):
+    """End the disk exports. Answered by Unexported."""
+
+
+class Adopt(Effect, frozen=True, kw_only=True):
+    """Define the VM on this host, on disk, and tell the network where it is. Answered by Adopted."""
+
+    vm: Vm
+
+
+class UndoTarget(Effect, frozen=True, kw_only=True):
+    """End the incoming QEMU, delete the disks, taps and files that were made. Answered by Undone."""
+
+    plan: Plan

@@ -1,0 +1,186 @@
+"""What can happen to a move. A machine learns of the world by these alone.
+
+`at_ms` is the host's monotonic clock when the fact was noticed: the core has no clock of its own.
+"""
+
+from kvmhv.messages import AnyMessage
+from kvmhv.model import ErrorBody, IncomingAddress, Struct
+
+
+class Fact(Struct, frozen=True, kw_only=True, tag_field="fact", tag=True):
+    """Base of all facts."""
+
+    at_ms: float
+
+
+# --- both sides
+
+
+class Received(Fact, frozen=True, kw_only=True):
+    """The other agent said something."""
+
+    message: AnyMessage
+
+
+class PeerConnected(Fact, frozen=True, kw_only=True):
+    """A connection to the other agent stands (again)."""
+
+
+class PeerLost(Fact, frozen=True, kw_only=True):
+    """No connection to the other agent; the runner tries again by itself."""
+
+    error: ErrorBody
+
+
+class TimerFired(Fact, frozen=True, kw_only=True):
+    """A timer that the machine set, and neither replaced nor cleared, is over."""
+
+    name: str
+
+
+class Failed(Fact, frozen=True, kw_only=True):
+    """An effect could not be done. What it promised to leave behind after a failure holds."""
+
+    effect: str
+    error: ErrorBody
+
+
+class QemuGone(Fact, frozen=True, kw_only=True):
+    """The VM's QEMU process on this host has ended."""
+
+    error: ErrorBody
+
+
+class MemorySent(Fact, frozen=True, kw_only=True):
+    """QEMU on this side says `completed`: source, all is sent and acknowledged; target, all is loaded."""
+
+
+class MemoryFailed(Fact, frozen=True, kw_only=True):
+    """QEMU on this side says `failed` or `cancelled`."""
+
+    error: ErrorBody
+
+
+class GuestRuns(Fact, frozen=True, kw_only=True):
+    """The Cont was done: QEMU's RESUME arrived at `resumed_ms`."""
+
+    resumed_ms: float
+
+
+class Undone(Fact, frozen=True, kw_only=True):
+    """All that this side made for the move is taken back."""
+
+    warnings: tuple[str, ...] = ()
+
+
+# --- source
+
+
+class Started(Fact, frozen=True, kw_only=True):
+    """The move begins."""
+
+
+class CancelRequested(Fact, frozen=True, kw_only=True):
+    """Somebody asked to cancel."""
+
+    caller: str
+
+
+class FilesUploaded(Fact, frozen=True, kw_only=True):
+    """SendFiles is done."""
+
+
+class MirrorProgress(Fact, frozen=True, kw_only=True):
+    """Bytes of all disks so far."""
+
+    copied_bytes: int
+    total_bytes: int
+
+
+class MirrorsReady(Fact, frozen=True, kw_only=True):
+    """Every disk is copied, and each write goes to both sides."""
+
+    copied_bytes: int
+
+
+class MirrorsFinished(Fact, frozen=True, kw_only=True):
+    """Every mirror has ended in sync."""
+
+
+class MemoryProgress(Fact, frozen=True, kw_only=True):
+    """query-migrate between two passes."""
+
+    sent_bytes: int
+    remaining_bytes: int
+    total_bytes: int
+    dirty_bytes_per_s: float
+
+
+class PassStarted(Fact, frozen=True, kw_only=True):
+    """QEMU's MIGRATION_PASS: pass `number` begins (1 is the full copy), so number - 1 passes are complete.
+
+    `remaining_bytes` is the fresh dirty set, `sent_bytes` all that went over the wire so far.
+    """
+
+    number: int
+    sent_bytes: int
+    remaining_bytes: int
+    total_bytes: int
+    dirty_bytes_per_s: float
+
+
+class GuestStopped(Fact, frozen=True, kw_only=True):
+    """The guest stands still at the source. `told_ms`: when it was told to stop: the blackout begins."""
+
+    told_ms: float
+
+
+class PreSwitchover(Fact, frozen=True, kw_only=True):
+    """QEMU holds before the device state; the guest is stopped."""
+
+
+class CopyEnded(Fact, frozen=True, kw_only=True):
+    """The source's QEMU is gone."""
+
+
+class CopyRemoved(Fact, frozen=True, kw_only=True):
+    """The source's disks (when they moved), files and record of the VM are gone."""
+
+    warnings: tuple[str, ...] = ()
+
+
+# --- target
+
+
+class Offered(Fact, frozen=True, kw_only=True):
+    """An offer that admission has let in."""
+
+
+class IncomingReady(Fact, frozen=True, kw_only=True):
+    """Disks made and exported, QEMU listens."""
+
+    address: IncomingAddress
+
+
+class Unexported(Fact, frozen=True, kw_only=True):
+    """The disks are no longer exported."""
+
+
+class Adopted(Fact, frozen=True, kw_only=True):
+    """The VM is defined here, on disk."""
+
+
+# --- after a restart of the agent
+
+
+class Restarted(Fact, frozen=True, kw_only=True):
+    """What the new agent found of the VM's QEMU on this host."""
+
+    process: bool
+    """There is a QEMU process of this VM."""
+    status: str
+    """Its RunState (`running`, `paused`, `inmigrate`, `postmigrate`, ...); empty without a process."""
+    migration: str
+    """Its migration's status (`active`, `completed`, ...)."""
+    rebooted: bool
+    """The host has another boot id than in the journal: the volatile journal and every process are lost."""

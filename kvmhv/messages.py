@@ -1,0 +1,107 @@
+"""What two agents say to each other about one move. The wire (kvmhv/wire) encodes it; the core decides what is said.
+
+Source to target: Enquire, Offer, FilesSent, MirrorsEnded, Grant, Abort, Finished.
+Target to source: Answer, FilesWanted, Ready, Running, Owned, Refused, Unknown.
+
+Every message can be repeated: a connection that broke is made again and each side repeats what the other may lack.
+"""
+
+from kvmhv.model import ErrorBody, IncomingAddress, Inventory, MoveReport, MoveRequest, Plan, Struct, Vm
+
+
+class Message(Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
+    """Base of all messages."""
+
+
+class Enquire(Message, frozen=True, kw_only=True):
+    """Could this VM come to you? Allocates nothing at the target."""
+
+    vm: Vm
+    request: MoveRequest
+
+
+class Answer(Message, frozen=True, kw_only=True):
+    """The target's inventory, with its refusal if its settings say no."""
+
+    inventory: Inventory
+
+
+class Offer(Message, frozen=True, kw_only=True):
+    """Make ready for this plan. `psk_hex` is the key of this move's memory and disk channels."""
+
+    epoch: int
+    plan: Plan
+    psk_hex: str
+
+
+class FilesWanted(Message, frozen=True, kw_only=True):
+    """The target has journalled the offer and takes the VM's kernel files now."""
+
+
+class FilesSent(Message, frozen=True, kw_only=True):
+    """The kernel files have arrived (the uploads were answered)."""
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """The target's QEMU listens. From here on the target has journalled that it accepts this epoch."""
+
+    epoch: int
+    address: IncomingAddress
+
+
+class MirrorsEnded(Message, frozen=True, kw_only=True):
+    """The disks are in sync and nobody writes to the exports any more."""
+
+    epoch: int
+
+
+class Grant(Message, frozen=True, kw_only=True):
+    """The target may run the VM. Irrevocable: the source runs it again only on proof that the target refused."""
+
+    epoch: int
+
+
+class Running(Message, frozen=True, kw_only=True):
+    """The VM runs at the target. `resumed_ms` is the target's monotonic clock at RESUME."""
+
+    epoch: int
+    resumed_ms: float
+
+
+class Owned(Message, frozen=True, kw_only=True):
+    """The target has it on disk that the VM is its own: the source may delete what it has."""
+
+    epoch: int
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """The target will never run this epoch: journalled, its incoming QEMU ended, before this was said."""
+
+    epoch: int
+    error: ErrorBody
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    """The source takes the move back. Answered by Refused, or by Running if it is too late."""
+
+    epoch: int
+    error: ErrorBody
+
+
+class Finished(Message, frozen=True, kw_only=True):
+    """The source has removed its copy; the whole report, for the target's records."""
+
+    epoch: int
+    report: MoveReport
+
+
+class Unknown(Message, frozen=True, kw_only=True):
+    """The target cannot tell whether it ran this epoch (its QEMU is gone, and its host rebooted inside the blackout)."""
+
+    epoch: int
+    error: ErrorBody
+
+
+ToTarget = Enquire | Offer | FilesSent | MirrorsEnded | Grant | Abort | Finished
+ToSource = Answer | FilesWanted | Ready | Running | Owned | Refused | Unknown
+AnyMessage = ToTarget | ToSource
