@@ -1,0 +1,1 @@
+"""How hosts and people prove who they are: certificates, trust between hosts, invitations, tokens."""
