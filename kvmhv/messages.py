@@ -66,6 +66,8 @@ class Running(Message, frozen=True, kw_only=True):
 
     epoch: int
     resumed_ms: float
+    uncertainty_ms: float = 0.0
+    """Filled in by the receiver, which turns `resumed_ms` into its own clock."""
 
 
 class Owned(Message, frozen=True, kw_only=True):
@@ -96,7 +98,7 @@ class Finished(Message, frozen=True, kw_only=True):
 
 
 class Unknown(Message, frozen=True, kw_only=True):
-    """The target cannot tell whether it ran this epoch (its QEMU is gone, and its host rebooted inside the blackout)."""
+    """The target cannot tell whether it ran this epoch (QEMU is gone, the host rebooted in the blackout)."""
 
     epoch: int
     error: ErrorBody

@@ -1,0 +1,284 @@
+"""Can this VM run there (Hyper-V: Compare-VM)? Every check looks, and every finding is returned.
+
+Each finding has a stable id; docs/findings.md has a paragraph for each.
+"""
+
+from collections.abc import Iterator
+
+from kvmhv.core import addresses
+from kvmhv.model import (
+    MIB,
+    Accel,
+    Disk,
+    Finding,
+    Inventory,
+    Location,
+    MoveRequest,
+    Severity,
+    Vm,
+)
+
+NEEDED_CAPABILITIES = ("events", "return-path", "pause-before-switchover")
+"""QEMU's migration capabilities without which kvmhv cannot steer a move."""
+
+TCG_FIXED_IN = (9, 0, 0)
+"""QEMU before 9.0 loses dirty pages under TCG (commit "physmem: Fix migration dirty bitmap coherency with TCG...")."""
+
+OLDEST_QEMU = (7, 2, 0)
+
+QEMU_OVERHEAD_BYTES = 64 * MIB
+"""What a QEMU process needs beside the guest's memory, at least."""
+
+
+def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -> tuple[Finding, ...]:
+    """Return all findings, errors first."""
+    found = [
+        *_guest(vm, source),
+        *_identity(vm, target),
+        *_processor(vm, source, target),
+        *_memory(vm, target),
+        *_devices(vm, source, target),
+        *_disks(vm, request, source, target),
+        *_channels(source, target),
+    ]
+    return tuple(sorted(found, key=lambda finding: finding.severity != Severity.ERROR))
+
+
+def shared(location: str, source: Inventory, target: Inventory) -> bool:
+    """Whether both hosts see the same storage at a location: its proof of identity is there, and equal."""
+    here, there = _location(source, location), _location(target, location)
+    return bool(here and there and here.shared_id and here.shared_id == there.shared_id)
+
+
+def moves(disk: Disk, source: Inventory, target: Inventory) -> bool:
+    """Whether a disk has to travel: one of its layers lies where the target does not see it."""
+    return not all(shared(layer.location, source, target) for layer in disk.layers)
+
+
+def _error(id_: str, about: str, host: str, text: str, todo: str) -> Finding:
+    return Finding(id=id_, severity=Severity.ERROR, object=about, host=host, text=text, todo=todo)
+
+
+def _warning(id_: str, about: str, host: str, text: str, todo: str) -> Finding:
+    return Finding(id=id_, severity=Severity.WARNING, object=about, host=host, text=text, todo=todo)
+
+
+def _location(inventory: Inventory, name: str) -> Location | None:
+    return next((location for location in inventory.locations if location.name == name), None)
+
+
+def _guest(vm: Vm, source: Inventory) -> Iterator[Finding]:
+    now = source.facts_of_vm
+    if now is None or not now.running:
+        yield _error(
+            "vm-not-running",
+            vm.name,
+            source.host,
+            f"{vm.name} does not run on {source.host}: there is no memory to move",
+            f"start it (kvmhv vm start {vm.name})",
+        )
+        return
+    if now.accel is Accel.TCG and now.qemu_version < TCG_FIXED_IN:
+        version = ".".join(map(str, now.qemu_version))
+        yield _error(
+            "tcg-source-corrupts",
+            vm.name,
+            source.host,
+            f"{vm.name} runs under TCG on QEMU {version}, which loses memory writes while it migrates (fixed in 9.0)",
+            "use KVM or QEMU 9.0 or newer at the source; or stop the VM, which makes a move safe",
+        )
+    for blocker in now.blockers:
+        yield _error(
+            "device-cannot-migrate",
+            vm.name,
+            source.host,
+            f"QEMU on {source.host} says that {vm.name} cannot migrate: {blocker}",
+            "remove the device, or shut the VM down to move it",
+        )
+
+
+def _identity(vm: Vm, target: Inventory) -> Iterator[Finding]:
+    if vm.id in target.vm_ids:
+        yield _error(
+            "id-taken",
+            vm.name,
+            target.host,
+            f"{target.host} already has a VM with this id ({vm.id})",
+            f"if it is an old copy: kvmhv --host {target.host} vm remove {vm.name}",
+        )
+    elif vm.name in target.vm_names:
+        yield _error(
+            "name-taken",
+            vm.name,
+            target.host,
+            f"{target.host} already has another VM named {vm.name}",
+            "rename or remove one of the two",
+        )
+
+
+def _processor(vm: Vm, source: Inventory, target: Inventory) -> Iterator[Finding]:
+    if vm.machine not in target.qemu.machines:
+        yield _error(
+            "machine-missing",
+            vm.name,
+            target.host,
+            f"QEMU {target.qemu.version_text} on {target.host} has no machine type {vm.machine}",
+            f"install a QEMU on {target.host} that has it",
+        )
+    missing = target.qemu.cpu_models.get(vm.cpu)
+    if missing is None:
+        yield _error(
+            "cpu-model-missing",
+            vm.name,
+            target.host,
+            f"QEMU {target.qemu.version_text} on {target.host} does not know the CPU model {vm.cpu}",
+            f"install a QEMU on {target.host} that has it, or give the VM another model",
+        )
+    elif missing:
+        yield _error(
+            "cpu-features-missing",
+            vm.name,
+            target.host,
+            f"{target.host} cannot give the guest all features of {vm.cpu}: {', '.join(missing)} missing",
+            "give the VM a CPU model that both hosts have (the default one is the safest)",
+        )
+    accel = source.facts_of_vm.accel if source.facts_of_vm else source.qemu.accel
+    if accel is not target.qemu.accel:
+        yield _error(
+            "accelerator-differs",
+            vm.name,
+            target.host,
+            f"{vm.name} runs under {accel.upper()} on {source.host}, and {target.host} would run it under "
+            f"{target.qemu.accel.upper()}: the guest's CPU would change while it runs",
+            f"see kvmhv doctor on {target.host}",
+        )
+    elif accel is Accel.KVM and source.cpu_vendor != target.cpu_vendor:
+        yield _error(
+            "cpu-vendor-differs",
+            vm.name,
+            target.host,
+            f"the CPUs are of different vendors: {source.cpu_vendor} and {target.cpu_vendor}",
+            "shut the VM down to move it",
+        )
+    if target.qemu.version < OLDEST_QEMU:
+        yield _error(
+            "qemu-too-old",
+            vm.name,
+            target.host,
+            f"QEMU {target.qemu.version_text} on {target.host} is older than 7.2",
+            f"install QEMU 7.2 or newer on {target.host}",
+        )
+    elif source.facts_of_vm and target.qemu.version[:2] < source.facts_of_vm.qemu_version[:2]:
+        yield _warning(
+            "qemu-older-at-target",
+            vm.name,
+            target.host,
+            f"{target.host} has the older QEMU ({target.qemu.version_text}): the versioned machine type "
+            "makes this work in most cases; if the device state does not fit, the move fails and the VM stays",
+            f"install the same QEMU on {target.host}",
+        )
+    if vm.cpus > target.cpus:
+        yield _warning(
+            "cpus-few",
+            vm.name,
+            target.host,
+            f"{vm.name} has {vm.cpus} CPUs, {target.host} only {target.cpus}",
+            "expect it to be slower there",
+        )
+
+
+def _memory(vm: Vm, target: Inventory) -> Iterator[Finding]:
+    needed = vm.memory_bytes + QEMU_OVERHEAD_BYTES
+    if needed > target.memory_available_bytes:
+        yield _error(
+            "memory-short",
+            vm.name,
+            target.host,
+            f"{target.host} has {target.memory_available_bytes // MIB} MiB of memory free, "
+            f"{vm.name} needs {needed // MIB} MiB",
+            f"free memory on {target.host}",
+        )
+
+
+def _devices(vm: Vm, source: Inventory, target: Inventory) -> Iterator[Finding]:
+    for nic in vm.nics:
+        if nic.switch not in target.switches:
+            known = ", ".join(target.switches) or "none"
+            yield _error(
+                "switch-missing",
+                nic.name,
+                target.host,
+                f"{target.host} has no switch named {nic.switch} (it has: {known})",
+                f"make a bridge named {nic.switch} on {target.host}",
+            )
+
+
+def _disks(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -> Iterator[Finding]:
+    needed: dict[str, int] = {}
+    virtual: dict[str, int] = {}
+    for disk in vm.disks:
+        if not moves(disk, source, target):
+            continue
+        where = request.storage or disk.layers[0].location
+        if not request.include_storage:
+            yield _error(
+                "disk-local",
+                disk.name,
+                source.host,
+                f"{disk.name} of {vm.name} lies on {source.host} alone (location {disk.layers[0].location})",
+                "move it too (--include-storage), or put it on storage that both hosts share",
+            )
+        elif _location(target, where) is None:
+            known = ", ".join(location.name for location in target.locations) or "none"
+            yield _error(
+                "location-missing",
+                disk.name,
+                target.host,
+                f"{target.host} has no location named {where} for {disk.name} (it has: {known})",
+                "name one with --storage, or add it there",
+            )
+        else:
+            used = source.facts_of_vm.disk_used_bytes.get(disk.name, 0) if source.facts_of_vm else 0
+            needed[where] = needed.get(where, 0) + used
+            virtual[where] = virtual.get(where, 0) + disk.size_bytes
+    for name, used in needed.items():
+        location = _location(target, name)
+        free = location.free_bytes if location else 0
+        if used > free:
+            yield _error(
+                "disk-space-short",
+                vm.name,
+                target.host,
+                f"location {name} on {target.host} has {free // MIB} MiB free, the disks need {used // MIB} MiB",
+                f"free space on {target.host}, or name another location with --storage",
+            )
+        elif virtual[name] > free:
+            yield _warning(
+                "disk-space-thin",
+                vm.name,
+                target.host,
+                f"the disks may grow to {virtual[name] // MIB} MiB, location {name} on {target.host} has "
+                f"{free // MIB} MiB free",
+                "watch the free space there",
+            )
+
+
+def _channels(source: Inventory, target: Inventory) -> Iterator[Finding]:
+    for inventory in (source, target):
+        for capability in NEEDED_CAPABILITIES:
+            if capability not in inventory.qemu.capabilities:
+                yield _error(
+                    "capability-missing",
+                    capability,
+                    inventory.host,
+                    f"QEMU {inventory.qemu.version_text} on {inventory.host} lacks the capability {capability}",
+                    f"install QEMU 7.2 or newer on {inventory.host}",
+                )
+    if addresses.choose(source.migration_addresses, target.migration_addresses) is None:
+        yield _error(
+            "migration-network-missing",
+            "network",
+            target.host,
+            f"{source.host} and {target.host} have no network in common that both may use for migration",
+            "see migration.networks and migration.use_any_network in `kvmhv host show` of both hosts",
+        )

@@ -1,0 +1,98 @@
+"""A move's plan, made from both inventories after the check found nothing against it."""
+
+import msgspec
+
+from kvmhv.core import addresses, checks
+from kvmhv.model import (
+    Disk,
+    DiskCopy,
+    Inventory,
+    Layer,
+    Mode,
+    MoveRequest,
+    Plan,
+    Rule,
+    Timeouts,
+    Vm,
+)
+
+
+def make(
+    vm: Vm,
+    request: MoveRequest,
+    rule: Rule,
+    timeouts: Timeouts,
+    source: Inventory,
+    target: Inventory,
+    throughput_bytes_per_s: float | None = None,
+) -> Plan:
+    """Return the plan. `checks.check` must have found no error. `throughput` is what earlier moves there reached."""
+    pair = addresses.choose(source.migration_addresses, target.migration_addresses)
+    assert pair is not None, "the check lets no move pass without a network"
+    here, there = pair
+    used = source.facts_of_vm.disk_used_bytes if source.facts_of_vm else {}
+    copies = []
+    disks = []
+    for disk in vm.disks:
+        if not checks.moves(disk, source, target):
+            disks.append(disk)
+            continue
+        arrived = msgspec.structs.replace(disk, layers=_target_layers(vm, disk, request.storage))
+        disks.append(arrived)
+        copies.append(
+            DiskCopy(
+                disk=disk.name,
+                size_bytes=disk.size_bytes,
+                used_bytes=used.get(disk.name, 0),
+                source_layers=disk.layers,
+                target_layers=arrived.layers,
+            )
+        )
+    disk_bytes = sum(copy.used_bytes for copy in copies)
+    seconds, memory_bytes = estimate(vm, rule, source, throughput_bytes_per_s, disk_bytes)
+    return Plan(
+        mode=Mode.SHARED_NOTHING if copies else Mode.SHARED_STORAGE,
+        rule=rule,
+        source_address=here.ip,
+        target_address=there.ip,
+        capabilities=checks.NEEDED_CAPABILITIES,
+        disk_copies=tuple(copies),
+        target_vm=msgspec.structs.replace(vm, disks=tuple(disks), epoch=vm.epoch + 1),
+        estimate_seconds=seconds,
+        estimate_bytes=memory_bytes + disk_bytes,
+        timeouts=timeouts,
+    )
+
+
+def _target_layers(vm: Vm, disk: Disk, storage: str | None) -> tuple[Layer, ...]:
+    """Lay a disk's chain out at the target: every layer is the VM's own there, named after disk and depth."""
+    layers = []
+    for depth, layer in enumerate(disk.layers):
+        name = disk.name if depth == 0 else f"{disk.name}.base{depth}"
+        path = f"{vm.name}/{name}.{layer.format.value}"
+        layers.append(Layer(location=storage or disk.layers[0].location, path=path, format=layer.format))
+    return tuple(layers)
+
+
+def estimate(
+    vm: Vm, rule: Rule, source: Inventory, throughput_bytes_per_s: float | None, disk_bytes: int
+) -> tuple[float | None, int]:
+    """Return (seconds, bytes of memory) that a move will take: each pass sends what was dirtied during the one before.
+
+    Seconds are None where no throughput is known (no bandwidth set, no earlier move).
+    """
+    now = source.facts_of_vm
+    first_pass = now.memory_used_bytes if now else vm.memory_bytes
+    limits = [limit for limit in (rule.bandwidth_bytes_per_s, throughput_bytes_per_s) if limit]
+    if not limits:
+        return None, first_pass
+    rate = float(min(limits))
+    dirty = now.dirty_bytes_per_s if now and now.dirty_bytes_per_s else 0.0
+    sent, to_send = 0.0, float(first_pass)
+    for _ in range(rule.max_passes):
+        sent += to_send
+        to_send = min(float(first_pass), dirty * to_send / rate)
+        if to_send <= rule.threshold_bytes:
+            break
+    sent += to_send
+    return (sent + disk_bytes) / rate, int(sent)

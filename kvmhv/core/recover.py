@@ -1,0 +1,137 @@
+"""What a new agent makes of an old journal and of the QEMU that outlived it.
+
+Evidence goes before memory: a source that has not granted (its volatile journal would say so) may go on; a source whose
+QEMU is gone has nothing to run and may always grant; a target whose volatile journal does not say that it was about to
+run has not run. Only a target whose host rebooted, which takes the volatile journal with it, cannot tell.
+"""
+
+import msgspec
+
+from kvmhv.core import handover, source, target
+from kvmhv.core.effects import Effect, EndCopy, Journal, NeedOperator, SetTimer, UndoSource, UndoTarget
+from kvmhv.core.facts import QemuGone, Restarted
+from kvmhv.core.handover import SourceHold
+from kvmhv.core.source_state import SourceState, SourceStep, failed_body
+from kvmhv.core.target import TargetState, TargetStep
+from kvmhv.messages import Owned, Refused, Unknown
+from kvmhv.model import ErrorBody, MoveReport, Outcome
+
+MAYBE_COMPLETE = (SourceStep.MEMORY, SourceStep.STOPPING, SourceStep.SWITCHING)
+"""Steps in which a source that died may have sent everything."""
+
+
+def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, list[Effect]]:
+    """Return how the source goes on. Its guest runs again at once, unless it was granted."""
+    hold = state.hold
+    if not found.process:
+        hold = SourceHold(epoch=hold.epoch, right=hold.right, copy_lost=True)
+    state = msgspec.structs.replace(state, hold=hold, connected=False)
+    if state.step is SourceStep.GRANTED:
+        return state, [SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.grant_s)]
+    if state.step is SourceStep.CLEANUP:
+        timer = SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.undo_s)
+        return msgspec.structs.replace(state, removing=False, copy_ended=False), [timer, EndCopy()]
+    if state.step is SourceStep.UNDOING:
+        timer = SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.undo_s)
+        return state, [timer, UndoSource(timeout_s=state.timeouts.undo_s / 2)]
+    if hold.copy_lost and state.step in MAYBE_COMPLETE:
+        given, effects = handover.grant(hold, sent=False)
+        state = msgspec.structs.replace(state, hold=given, step=SourceStep.GRANTED, guest_runs=False)
+        return state, [*effects, Journal(), SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.grant_s)]
+    if hold.copy_lost:
+        error = ErrorBody(
+            code="qemu-gone",
+            message=f"QEMU on {state.source} was gone when its agent came back",
+            todo="start the VM again",
+            host=state.source,
+        )
+        return source.step(state, QemuGone(at_ms=found.at_ms, error=error))
+    text = f"the agent on {state.source} was restarted in the {state.phase} phase"
+    error = failed_body(state, "agent-restarted", text, "move it again", state.source)
+    return source.fail(state, found.at_ms, error)
+
+
+def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:
+    """Return how the target goes on."""
+    state = msgspec.structs.replace(state, connected=False)
+    timeouts = state.plan.timeouts
+    if state.step in (TargetStep.RECEIVING, TargetStep.PREPARING):
+        return target.refuse(state, _restarted(state))
+    if state.step is TargetStep.UNDOING:
+        timer = SetTimer(name=target.STEP_TIMER, after_s=timeouts.undo_s)
+        return state, [timer, UndoTarget(plan=state.plan)]
+    if state.step is TargetStep.STARTING:
+        if not found.process:
+            return target.step(state, QemuGone(at_ms=found.at_ms, error=_gone(state)))
+        hold, effects = handover.run_at_target(
+            state.hold, state.plan.target_vm.id, granted_epoch=state.hold.epoch, loaded=True
+        )
+        state = msgspec.structs.replace(state, hold=hold)
+        return state, [*effects, SetTimer(name=target.STEP_TIMER, after_s=timeouts.grant_s)]
+    if state.step is TargetStep.SETTLING:
+        return state, target.adopt(state)
+    if state.step is TargetStep.WAITING and not found.process:
+        return _without_process(state, found)
+    if state.step is TargetStep.WAITING:
+        if found.migration in ("failed", "cancelled"):
+            return target.refuse(state, _restarted(state))
+        state = msgspec.structs.replace(state, transferred=found.migration == "completed", granted_epoch=None)
+        return state, [
+            SetTimer(name=target.STEP_TIMER, after_s=timeouts.storage_s + timeouts.memory_s),
+            SetTimer(name=target.PEER_TIMER, after_s=timeouts.reconnect_s),
+        ]
+    return state, []
+
+
+def _without_process(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:
+    if not found.rebooted:
+        return target.refuse(state, _gone(state))
+    error = ErrorBody(
+        code="target-cannot-tell",
+        message=f"{state.target} rebooted while it was about to take {state.plan.target_vm.name} over: it cannot tell "
+        "whether the VM ran there",
+        todo=f"if {state.source} still has its copy, the move ends by itself; else start the VM from the disks of the "
+        "side that you trust",
+        host=state.target,
+        exit_status=5,
+    )
+    state = msgspec.structs.replace(state, step=TargetStep.STANDING, outcome=Outcome.NEEDS_OPERATOR, failure=error)
+    return state, [Journal(), NeedOperator(error=error)]
+
+
+def _gone(state: TargetState) -> ErrorBody:
+    return ErrorBody(
+        code="qemu-gone",
+        message=f"QEMU on {state.target} was gone when its agent came back",
+        todo=f"see the agent's log on {state.target}",
+        host=state.target,
+    )
+
+
+def _restarted(state: TargetState) -> ErrorBody:
+    return ErrorBody(
+        code="agent-restarted",
+        message=f"the agent on {state.target} was restarted while it made ready",
+        todo="move the VM again",
+        host=state.target,
+    )
+
+
+def answer_as_target(ended: MoveReport | None, epoch: int, host: str) -> Owned | Refused | Unknown:
+    """Return what a target says to a source about a move that it has no open state of.
+
+    It ended well: it owns the VM. It ended otherwise: refused. It knows nothing of it: that proves nothing.
+    """
+    if ended is not None and ended.outcome is Outcome.DONE:
+        return Owned(epoch=epoch)
+    if ended is not None:
+        error = ended.error or ErrorBody(code="move-ended", message=f"the move had ended on {host}", todo="", host=host)
+        return Refused(epoch=epoch, error=error)
+    error = ErrorBody(
+        code="move-unknown",
+        message=f"{host} has no record of this move",
+        todo=f"see whether the state of {host} was lost or put back from an old backup",
+        host=host,
+        exit_status=5,
+    )
+    return Unknown(epoch=epoch, error=error)

@@ -1,0 +1,441 @@
+"""The target's side of a move, as a table of (step, fact).
+
+    receiving -> preparing -> waiting -> starting -> settling -> ended
+        |            |           |
+        `------------+-----------+-> undoing -> ended      (refused: irrevocable, journalled, then said)
+
+Once all is loaded (`transferred`) the target never gives the VM up by itself: the source may be dead, and this may be
+the only copy. It waits for the grant or for the source's abort, and tells the operator.
+"""
+
+import enum
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from kvmhv.core import facts, handover
+from kvmhv.core.effects import (
+    Adopt,
+    ClearTimer,
+    Effect,
+    Finish,
+    Journal,
+    NeedOperator,
+    Prepare,
+    Send,
+    SetTimer,
+    UndoTarget,
+    Unexport,
+)
+from kvmhv.core.handover import TargetHold, TargetRight
+from kvmhv.messages import (
+    Abort,
+    FilesSent,
+    FilesWanted,
+    Finished,
+    Grant,
+    MirrorsEnded,
+    Offer,
+    Owned,
+    Ready,
+    Refused,
+    Running,
+    Unknown,
+)
+from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Outcome, Phase, Plan, Struct
+
+
+class TargetStep(enum.StrEnum):
+    """Where the target is."""
+
+    RECEIVING = "receiving"
+    PREPARING = "preparing"
+    WAITING = "waiting"
+    STARTING = "starting"
+    SETTLING = "settling"
+    UNDOING = "undoing"
+    STANDING = "standing"
+    ENDED = "ended"
+
+
+class TargetState(Struct, frozen=True, kw_only=True):
+    """Immutable; step makes the next one. Journalled whole."""
+
+    move_id: str
+    source: str
+    target: str
+    plan: Plan
+    psk_hex: str
+    hold: TargetHold
+    started_wall_s: float
+    boot_id: str
+
+    step: TargetStep = TargetStep.RECEIVING
+    outcome: Outcome = Outcome.RUNNING
+    failure: ErrorBody | None = None
+    connected: bool = True
+    address: IncomingAddress | None = None
+    mirrors_ended: bool = False
+    unexported: bool = False
+    transferred: bool = False
+    granted_epoch: int | None = None
+    resumed_ms: float | None = None
+    adopted: bool = False
+    warnings: tuple[str, ...] = ()
+    source_report: MoveReport | None = None
+
+
+Result = tuple[TargetState, list[Effect]]
+Handler = Callable[[TargetState, facts.Fact], Result]
+
+STEP_TIMER = "step"
+PEER_TIMER = "peer"
+
+BEFORE_RUN = (TargetStep.RECEIVING, TargetStep.PREPARING, TargetStep.WAITING)
+
+
+def step(state: TargetState, fact: facts.Fact) -> Result:
+    """Return the next state and what is to be done. A fact that no longer matters changes nothing."""
+    if isinstance(fact, facts.Received):
+        handler = ON_MESSAGE.get((state.step, type(fact.message)))
+    else:
+        handler = ON_FACT.get((state.step, type(fact))) or ON_FACT_ANYWHERE.get(type(fact))
+    after, effects = handler(state, fact) if handler else (state, [])
+    _check(after)
+    return after, effects
+
+
+def _check(state: TargetState) -> None:
+    """Assert what must hold after each step."""
+    right = state.hold.right
+    if state.step in (TargetStep.STARTING, TargetStep.SETTLING):
+        assert right is TargetRight.OWNS, f"{state.step} while {right}"
+    if state.step in BEFORE_RUN:
+        assert right is TargetRight.ACCEPTS, f"{state.step} while {right}"
+    if state.step is TargetStep.ENDED:
+        assert state.outcome is not Outcome.RUNNING
+        assert (right is TargetRight.OWNS) == (state.outcome is Outcome.DONE)
+
+
+def _set(state: TargetState, **changes: object) -> TargetState:
+    return msgspec.structs.replace(state, **changes)
+
+
+# --- getting ready
+
+
+def _offered(state: TargetState, fact: facts.Fact) -> Result:
+    if state.plan.target_vm.kernel is None:
+        return _prepare(state)
+    return state, [
+        Journal(),
+        SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.prepare_s),
+        Send(message=FilesWanted()),
+    ]
+
+
+def _files_sent(state: TargetState, fact: facts.Fact) -> Result:
+    return _prepare(state)
+
+
+def _prepare(state: TargetState) -> Result:
+    after = _set(state, step=TargetStep.PREPARING)
+    timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.prepare_s)
+    return after, [Journal(), timer, Prepare(plan=state.plan)]
+
+
+def _incoming_ready(state: TargetState, fact: facts.Fact) -> Result:
+    assert isinstance(fact, facts.IncomingReady)
+    state = _set(state, step=TargetStep.WAITING, address=fact.address, unexported=not state.plan.disk_copies)
+    limit_s = state.plan.timeouts.storage_s + state.plan.timeouts.memory_s
+    timer = SetTimer(name=STEP_TIMER, after_s=limit_s)
+    return state, [Journal(), timer, Send(message=Ready(epoch=state.hold.epoch, address=fact.address))]
+
+
+# --- the blackout, seen from here
+
+
+def _mirrors_ended(state: TargetState, fact: facts.Fact) -> Result:
+    if state.mirrors_ended or _message(fact, MirrorsEnded).epoch != state.hold.epoch:
+        return state, []
+    return _set(state, mirrors_ended=True), [Unexport()] if state.plan.disk_copies else []
+
+
+def _unexported(state: TargetState, fact: facts.Fact) -> Result:
+    return _run_when_granted(_set(state, unexported=True))
+
+
+def _loaded(state: TargetState, fact: facts.Fact) -> Result:
+    return _run_when_granted(_set(state, transferred=True))
+
+
+def _grant(state: TargetState, fact: facts.Fact) -> Result:
+    message = _message(fact, Grant)
+    if message.epoch != state.hold.epoch:
+        return state, []
+    return _run_when_granted(_set(state, granted_epoch=message.epoch))
+
+
+def _run_when_granted(state: TargetState) -> Result:
+    if state.granted_epoch is None or not (state.transferred and state.unexported):
+        return state, []
+    hold, effects = handover.run_at_target(
+        state.hold, state.plan.target_vm.id, granted_epoch=state.granted_epoch, loaded=state.transferred
+    )
+    after = _set(state, hold=hold, step=TargetStep.STARTING, outcome=Outcome.RUNNING, failure=None)
+    return after, [*effects, SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s)]
+
+
+def _runs(state: TargetState, fact: facts.Fact) -> Result:
+    assert isinstance(fact, facts.GuestRuns)
+    after = _set(state, step=TargetStep.SETTLING, resumed_ms=fact.resumed_ms)
+    return after, [
+        Send(message=Running(epoch=state.hold.epoch, resumed_ms=fact.resumed_ms)),
+        *adopt(after),
+    ]
+
+
+def adopt(state: TargetState) -> list[Effect]:
+    """Make the VM this host's own."""
+    return [Adopt(vm=state.plan.target_vm), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
+
+
+def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
+    """The Cont failed, or QEMU died under it: the VM is this host's all the same, and stopped here."""
+    assert isinstance(fact, facts.Failed | facts.QemuGone | facts.TimerFired)
+    text = "QEMU did not say that the guest runs" if isinstance(fact, facts.TimerFired) else fact.error.message
+    state = _set(state, step=TargetStep.SETTLING, warnings=(*state.warnings, text))
+    return state, adopt(state)
+
+
+def _adopted(state: TargetState, fact: facts.Fact) -> Result:
+    state = _set(state, adopted=True)
+    timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s + state.plan.timeouts.reconnect_s)
+    return state, [Journal(), timer, Send(message=Owned(epoch=state.hold.epoch))]
+
+
+def _finished(state: TargetState, fact: facts.Fact) -> Result:
+    return _end_owning(_set(state, source_report=_message(fact, Finished).report))
+
+
+def _settled(state: TargetState, fact: facts.Fact) -> Result:
+    """The source does not say that it has finished: all that is this host's to do is done."""
+    if not state.adopted:
+        return state, adopt(state)
+    return _end_owning(state)
+
+
+def _end_owning(state: TargetState) -> Result:
+    if not state.adopted:
+        return state, []
+    state = _set(state, step=TargetStep.ENDED, outcome=Outcome.DONE, failure=None)
+    return state, [Finish(report=report(state))]
+
+
+# --- giving up before it ran
+
+
+def refuse(state: TargetState, error: ErrorBody) -> Result:
+    """Refuse for good: what was made is taken back, then it is said."""
+    state = _set(state, hold=handover.refuse(state.hold), step=TargetStep.UNDOING, failure=error)
+    timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)
+    return state, [Journal(), timer, UndoTarget(plan=state.plan)]
+
+
+def _undone(state: TargetState, fact: facts.Fact) -> Result:
+    warnings = fact.warnings if isinstance(fact, facts.Undone) else ()
+    return _end_refused(_set(state, warnings=(*state.warnings, *warnings)))
+
+
+def _undo_failed(state: TargetState, fact: facts.Fact) -> Result:
+    assert isinstance(fact, facts.Failed)
+    return _end_refused(_set(state, warnings=(*state.warnings, fact.error.message)))
+
+
+def _undo_again(state: TargetState, fact: facts.Fact) -> Result:
+    """Until its QEMU is surely gone the refusal may not be said."""
+    return state, [UndoTarget(plan=state.plan), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
+
+
+def _end_refused(state: TargetState) -> Result:
+    error = state.failure
+    assert error is not None
+    outcome = Outcome.CANCELLED if error.code == "cancelled" else Outcome.FAILED
+    state = _set(state, step=TargetStep.ENDED, outcome=outcome)
+    refused = Refused(epoch=state.hold.epoch, error=error)
+    return state, [Journal(), Send(message=refused), Finish(report=report(state))]
+
+
+def _aborted(state: TargetState, fact: facts.Fact) -> Result:
+    message = _message(fact, Abort)
+    if message.epoch != state.hold.epoch:
+        return state, []
+    return refuse(state, message.error)
+
+
+def _abort_too_late(state: TargetState, fact: facts.Fact) -> Result:
+    return state, _say_it_runs(state)
+
+
+def _say_it_runs(state: TargetState) -> list[Effect]:
+    effects: list[Effect] = []
+    if state.resumed_ms is not None:
+        effects.append(Send(message=Running(epoch=state.hold.epoch, resumed_ms=state.resumed_ms)))
+    if state.adopted:
+        effects.append(Send(message=Owned(epoch=state.hold.epoch)))
+    return effects
+
+
+def _cannot_tell(state: TargetState, fact: facts.Fact) -> Result:
+    assert state.failure is not None
+    return state, [Send(message=Unknown(epoch=state.hold.epoch, error=state.failure))]
+
+
+def _failed(state: TargetState, fact: facts.Fact) -> Result:
+    assert isinstance(fact, facts.Failed | facts.QemuGone | facts.MemoryFailed)
+    return refuse(state, fact.error)
+
+
+def _timeout(state: TargetState, fact: facts.Fact) -> Result:
+    assert isinstance(fact, facts.TimerFired)
+    vm = state.plan.target_vm.name
+    if state.transferred:
+        error = ErrorBody(
+            code="grant-missing",
+            message=f"{vm} is complete on {state.target} and stands still: {state.source} has neither granted it nor "
+            "taken it back",
+            todo=f"bring {state.source} or the connection back: the move then ends by itself",
+            host=state.target,
+            exit_status=5,
+        )
+        return _set(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [NeedOperator(error=error)]
+    lost = fact.name == PEER_TIMER
+    error = ErrorBody(
+        code="peer-lost" if lost else "timeout",
+        message=f"the connection to {state.source} was lost" if lost else f"{vm} did not arrive in time",
+        todo=f"see the agent's log on {state.source}",
+        host=state.source if lost else state.target,
+    )
+    return refuse(state, error)
+
+
+# --- the connection
+
+
+def _connected(state: TargetState, fact: facts.Fact) -> Result:
+    """Say again what the source may lack."""
+    state = _set(state, connected=True)
+    effects: list[Effect] = [ClearTimer(name=PEER_TIMER)]
+    if state.step is TargetStep.RECEIVING:
+        effects.append(Send(message=FilesWanted()))
+    elif state.step is TargetStep.WAITING and state.address is not None:
+        effects.append(Send(message=Ready(epoch=state.hold.epoch, address=state.address)))
+    elif state.step is TargetStep.SETTLING:
+        effects += _say_it_runs(state)
+    elif state.step is TargetStep.STANDING and state.failure is not None:
+        effects.append(Send(message=Unknown(epoch=state.hold.epoch, error=state.failure)))
+    return state, effects
+
+
+def _offered_again(state: TargetState, fact: facts.Fact) -> Result:
+    """The offer was repeated: say again where this side is."""
+    return _connected(state, fact)
+
+
+def _peer_lost(state: TargetState, fact: facts.Fact) -> Result:
+    state = _set(state, connected=False)
+    if state.step in BEFORE_RUN:
+        return state, [SetTimer(name=PEER_TIMER, after_s=state.plan.timeouts.reconnect_s)]
+    return state, []
+
+
+MessageType = TypeVar("MessageType")
+
+
+def _message(fact: facts.Fact, kind: type[MessageType]) -> MessageType:
+    assert isinstance(fact, facts.Received)
+    assert isinstance(fact.message, kind)
+    return fact.message
+
+
+def report(state: TargetState) -> MoveReport:
+    """Return the move as people see it on the target: the source's own report where it has arrived."""
+    if state.source_report is not None:
+        return msgspec.structs.replace(
+            state.source_report, direction="in", warnings=(*state.source_report.warnings, *state.warnings)
+        )
+    vm = state.plan.target_vm
+    phase = Phase.CLEANUP if state.step in (TargetStep.SETTLING, TargetStep.ENDED) else Phase.SETUP
+    if state.step in (TargetStep.WAITING, TargetStep.STARTING):
+        phase = Phase.STATE if state.mirrors_ended or state.transferred else Phase.MEMORY
+    return MoveReport(
+        id=state.move_id,
+        vm=vm.name,
+        vm_id=vm.id,
+        source=state.source,
+        target=state.target,
+        direction="in",
+        mode=state.plan.mode,
+        outcome=state.outcome,
+        reason=state.failure.message if state.failure else None,
+        error=state.failure,
+        phase=phase,
+        phases=(),
+        passes=(),
+        switchover=None,
+        blackout_ms=None,
+        blackout_uncertainty_ms=None,
+        memory_bytes=0,
+        disk_bytes=0,
+        findings=(),
+        progress=1.0 if state.outcome is Outcome.DONE else 0.0,
+        remaining_bytes=0,
+        storage_total_bytes=0,
+        storage_copied_bytes=0,
+        warnings=state.warnings,
+        started_at=state.started_wall_s,
+        ended_at=None,
+    )
+
+
+# --- the table
+
+S = TargetStep
+
+ON_MESSAGE: dict[tuple[TargetStep, type], Handler] = {
+    (S.RECEIVING, FilesSent): _files_sent,
+    (S.WAITING, MirrorsEnded): _mirrors_ended,
+    (S.WAITING, Grant): _grant,
+    (S.SETTLING, Finished): _finished,
+    (S.STANDING, Grant): _cannot_tell,
+    **{(at, Abort): _aborted for at in (*BEFORE_RUN, S.STANDING)},
+    **{(at, Abort): _abort_too_late for at in (S.STARTING, S.SETTLING)},
+    **{(at, Grant): _abort_too_late for at in (S.STARTING, S.SETTLING)},
+    **{(at, Offer): _offered_again for at in (S.RECEIVING, S.WAITING, S.SETTLING, S.STANDING)},
+}
+
+ON_FACT: dict[tuple[TargetStep, type], Handler] = {
+    (S.RECEIVING, facts.Offered): _offered,
+    (S.PREPARING, facts.IncomingReady): _incoming_ready,
+    (S.WAITING, facts.Unexported): _unexported,
+    (S.WAITING, facts.MemorySent): _loaded,
+    (S.WAITING, facts.MemoryFailed): _failed,
+    (S.STARTING, facts.GuestRuns): _runs,
+    (S.STARTING, facts.Failed): _cannot_run,
+    (S.STARTING, facts.QemuGone): _cannot_run,
+    (S.STARTING, facts.TimerFired): _cannot_run,
+    (S.SETTLING, facts.Adopted): _adopted,
+    (S.SETTLING, facts.TimerFired): _settled,
+    (S.UNDOING, facts.Undone): _undone,
+    (S.UNDOING, facts.Failed): _undo_failed,
+    (S.UNDOING, facts.TimerFired): _undo_again,
+    **{(at, facts.Failed): _failed for at in BEFORE_RUN},
+    **{(at, facts.QemuGone): _failed for at in BEFORE_RUN},
+    **{(at, facts.TimerFired): _timeout for at in BEFORE_RUN},
+}
+
+ON_FACT_ANYWHERE: dict[type, Handler] = {
+    facts.PeerConnected: _connected,
+    facts.PeerLost: _peer_lost,
+}
