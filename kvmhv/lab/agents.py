@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from kvmhv.config import PORT
 from kvmhv.errors import HostError
@@ -29,6 +33,19 @@ def config_text(plan: LabPlan, host: str) -> str:
         f'metrics_subnets = ["{subnet["management"]}", "{subnet["lan"]}"]\n'
         'switches = ["lan"]\n'
     )
+
+
+def introduce(hosts: Sequence[str], run: Callable[[str, list[str]], str]) -> None:
+    """Make the hosts trust the first one, and it them, and allow moves on all, as an operator would.
+
+    `run` runs a command on a host and returns what it printed; its errors pass through.
+    """
+    for host in hosts[1:]:
+        invitation = run(hosts[0], ["kvmhv", "host", "trust", "invite", "--json"])
+        code = msgspec.json.decode(invitation, type=dict[str, Any])["code"]
+        run(host, ["kvmhv", "host", "trust", "join", code])
+    for host in hosts:
+        run(host, ["kvmhv", "host", "set", "migration.enabled=true"])
 
 
 def agent_log(lab: str, host: str) -> Path:

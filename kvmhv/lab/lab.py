@@ -111,9 +111,10 @@ class Lab:
             control.wait_ready(self.name, host.name)
         with_agents = [host.name for host in self.hosts if host.plan.agent]
         if with_agents:
-            progress("waiting for the agents ...")
-        for name in with_agents:
-            agents.wait_agent(self.name, name)
+            progress("waiting for the agents, and making them trust each other ...")
+            for name in with_agents:
+                agents.wait_agent(self.name, name)
+            agents.introduce(with_agents, lambda name, argv: self.host(name).exec(argv).stdout)
         self.state = msgspec.structs.replace(self.state, complete=True)
         states.write_state(self.state)
         names = ", ".join(host.name for host in self.hosts)
@@ -193,14 +194,14 @@ class LabHost:
             if self.state != "off":
                 self._set_ports([net.name for net in self.lab.plan.networks], up=False)
             processes.kill_all(self.namespace)
-            network.remove_namespace(self.namespace)
+            network.unplug(self.lab.plan, self.name)
 
     def boot(self) -> None:
         """Boot again with the same disk contents and addresses; CallerError `lab-host-on` when it runs."""
         with lab_lock(self.lab.name):
             if self.state != "off":
                 raise CallerError("lab-host-on", f"host {self.name!r} runs already", "kill it first", host=self.name)
-            network.remove_namespace(self.namespace)
+            network.unplug(self.lab.plan, self.name)
             self._launch()
             control.wait_ready(self.lab.name, self.name)
         if self.plan.agent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -52,6 +53,21 @@ def set_ports(plan: LabPlan, host: str, networks: Sequence[str], *, up: bool) ->
     word = "up" if up else "down"
     lines = [f"link set {plans.port(host, network)} {word}" for network in networks]
     _ip(namespace(plan.name, plans.SWITCH), lines)
+
+
+def unplug(plan: LabPlan, host: str) -> None:
+    """Remove a host's cables and its namespace; nothing may run in it any more.
+
+    The kernel takes its time to empty a namespace that nobody uses, but the next boot needs the ports' names at once.
+    """
+    switch = namespace(plan.name, plans.SWITCH)
+    listing = subprocess.run(
+        ["ip", "-n", switch, "-j", "link"], capture_output=True, timeout=_IP_TIMEOUT_S, check=True
+    ).stdout
+    there = {link.get("ifname") for link in json.loads(listing)}
+    ports = [plans.port(host, net.name) for net in plan.networks]
+    _ip(switch, [f"link delete {port}" for port in ports if port in there])
+    remove_namespace(namespace(plan.name, host))
 
 
 def remove_namespace(name: str) -> None:

@@ -74,6 +74,11 @@ class LabPlan(msgspec.Struct, frozen=True):
         )
 
 
+def are_names(lab: str, host: str) -> bool:
+    """Return whether these can be the names of a lab and of a host in it."""
+    return bool(_LAB_NAME.fullmatch(lab) and _HOST_NAME.fullmatch(host))
+
+
 def check_lab_name(name: str) -> str:
     """Return the name of a lab unchanged, or raise CallerError `lab-name` when it cannot be one."""
     if not _LAB_NAME.fullmatch(name):

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.errors import CallerError, HostError
-from kvmhv.lab.plan import LabPlan, check_lab_name
+from kvmhv.lab.plan import LabPlan, are_names, check_lab_name
 
 RUN_DIR = Path("/run/kvmhv-lab")
 DATA_DIR = Path("/var/lib/kvmhv-lab")
@@ -70,7 +70,7 @@ def socket_of(lab: str, host: str) -> Path | None:
     The path is the answer also while no agent listens on it.
     """
     directory = RUN_DIR / lab / host
-    return directory / "agent.sock" if directory.is_dir() else None
+    return directory / "agent.sock" if are_names(lab, host) and directory.is_dir() else None
 
 
 def read_state(lab: str) -> LabState | None:

@@ -7,6 +7,7 @@ rest is removed by the next build. Trees of the same suite that nobody uses any 
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import shutil
 import subprocess
@@ -33,11 +34,12 @@ PACKAGES = (
     "python3",  # PID 1 and the agent
     "python3-venv",  # makes the agent's environment
 )
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 BUILD_TIMEOUT_S = 1800.0
 LOCK_TIMEOUT_S = 2400.0
 _UNUSED_FILES = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
 _PIP_SECTIONS = ("global", "install", ":env:")
+_PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 _LAUNCHER = """#!/bin/sh
 # The checkout is mounted read-only, so compiled modules are kept elsewhere.
 export PYTHONPATH=/opt/kvmhv/src PYTHONPYCACHEPREFIX=/var/cache/kvmhv/pycache PYTHONUNBUFFERED=1
@@ -142,7 +144,8 @@ def _install_python(suite: str, part: Path, log: Path, progress: Progress) -> No
     script.append(f"mount -t proc proc {shlex.quote(f'{part}/proc')}; mount --bind /dev {shlex.quote(f'{part}/dev')}")
     inside = f"python3 -m venv --system-site-packages /opt/kvmhv/venv && {pip} {shlex.join(pinned_requirements())}"
     script.append(f"exec chroot {shlex.quote(str(part))} /bin/sh -c {shlex.quote(inside)}")
-    environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8", **settings}
+    proxies = {name: os.environ[name] for name in _PROXY_VARIABLES if name in os.environ}
+    own = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
     run_step(
         f"{suite}: Python packages",
         ["/bin/sh", "-c", "\n".join(script)],
@@ -150,7 +153,7 @@ def _install_python(suite: str, part: Path, log: Path, progress: Progress) -> No
         progress=progress,
         todo="is the Python package index reachable (pip's own settings are used)? Then try again",
         timeout_s=BUILD_TIMEOUT_S,
-        env=environment,
+        env={**proxies, **own, **settings},
     )
 
 
@@ -159,9 +162,13 @@ def pip_settings() -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60, check=False
     )
+    return parse_pip_config(done.stdout)
+
+
+def parse_pip_config(listing: str) -> dict[str, str]:
+    """Return what `pip config list` says as PIP_ variables; as with pip, the environment wins over the files."""
     settings: dict[str, str] = {}
-    # Later lines win, as with pip: files first, then the section of the command, then the environment.
-    for line in sorted(done.stdout.splitlines(), key=_precedence):
+    for line in sorted(listing.splitlines(), key=_precedence):
         name, _, value = line.partition("=")
         section, _, key = name.rpartition(".")
         if section in _PIP_SECTIONS and value:
@@ -196,6 +203,8 @@ def _finish(part: Path) -> None:
     (part / "opt/kvmhv/src/kvmhv").mkdir(parents=True)
     (part / "etc/resolv.conf").write_text("# a lab's host has no way out\n")
     (part / "etc/machine-id").unlink(missing_ok=True)
+    if not (part / "etc/mtab").is_symlink():
+        (part / "etc/mtab").symlink_to("../proc/self/mounts")
 
 
 def _remove_rests() -> None:

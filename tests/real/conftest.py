@@ -1,0 +1,80 @@
+"""The lab that the tests with real hosts share.
+
+`lab` is one lab for the whole run, with agents that trust each other. A test that breaks hosts mends them before it
+ends. What tells why a test failed is copied to KVMHV_EVIDENCE (default /var/tmp/kvmhv-evidence), one directory a test.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmhv.lab import lab as labs
+from kvmhv.lab.lab import Lab
+from kvmhv.lab.state import known_labs
+
+EVIDENCE = Path(os.environ.get("KVMHV_EVIDENCE", "/var/tmp/kvmhv-evidence"))
+TEST_TIMEOUT_S = 300
+_OWN_LABS = re.compile(r"pytest-[a-z]+-(\d+)")
+_failed = pytest.StashKey[bool]()
+
+
+def lab_name(purpose: str) -> str:
+    """Return the name of a lab that this process may make: two runs at once do not meet."""
+    return f"pytest-{purpose}-{os.getpid()}"[:20]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Count a test's time without its fixtures: the first lab may have to build its tree."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_TIMEOUT_S, func_only=True))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Keep the evidence of a failed test while the hosts still have it."""
+    report = yield
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            if isinstance(value, Lab):
+                directory = EVIDENCE / re.sub(r"[^A-Za-z0-9_.-]+", "_", item.nodeid)[-120:]
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir(parents=True)
+                value.evidence(directory)
+                report.sections.append(("evidence", f"logs of the lab's hosts: {directory}"))
+    return report
+
+
+@pytest.fixture(scope="session")
+def _lab_ground() -> None:
+    """Refuse what cannot work, and remove the labs of test runs that were killed."""
+    if os.geteuid() != 0:
+        pytest.skip("hosts in namespaces need root")
+    for name in known_labs():
+        found = _OWN_LABS.fullmatch(name)
+        if found is not None and not Path(f"/proc/{found[1]}").exists():
+            labs.down(name)
+
+
+@pytest.fixture(scope="session")
+def lab(_lab_ground: None) -> Iterator[Lab]:
+    """Return host1 and host2 with agents that trust each other, and a client; the migration network is unlimited."""
+    yield from _lab_for_a_while(Lab.up(lab_name("main"), progress=print))
+
+
+@pytest.fixture(scope="session")
+def bare_lab(_lab_ground: None) -> Iterator[Lab]:
+    """Return a lab of hosts without agents, with 100 Mbit/s between them on the migration network."""
+    yield from _lab_for_a_while(Lab.up(lab_name("bare"), rate="100mbit", agents=False, progress=print))
+
+
+def _lab_for_a_while(lab: Lab) -> Iterator[Lab]:
+    try:
+        yield lab
+    finally:
+        lab.down()
+    assert lab.leftovers() == []
