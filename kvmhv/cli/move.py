@@ -1,0 +1,205 @@
+"""`kvmhv vm check`, `kvmhv vm move` and `kvmhv move`: what a move would do, does and did."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from kvmhv.cli import output
+from kvmhv.cli.address import segment
+from kvmhv.cli.connection import Agent
+from kvmhv.cli.move_report import draw_check, draw_report
+from kvmhv.cli.parameters import HOST, MOVE, VM, Rate, Size
+from kvmhv.cli.progress import view
+from kvmhv.cli.session import Session, json_option
+from kvmhv.cli.watch import error_of, exit_status, until_end
+from kvmhv.errors import CallerError, Incompatible
+from kvmhv.model import Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+CHECK_TIMEOUT_S = 120.0
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """What the check of a move answers; no plan where an error stands in its way."""
+
+    findings: tuple[Finding, ...]
+    plan: Plan | None = None
+
+
+def _destination(command: Command) -> Command:
+    """Give a command the options that say where a VM goes, and what of it."""
+    for option in (
+        click.option("--storage", metavar="LOCATION", help="Where its disks go; default: locations of the same name."),
+        click.option("--include-storage", is_flag=True, help="Move its disks too."),
+        click.option("--to", "target", type=HOST, required=True, metavar="HOST", help="The target."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("name", type=VM)
+@_destination
+@json_option
+@click.pass_obj
+def check(session: Session, name: str, target: str, include_storage: bool, storage: str | None) -> int:
+    """Find everything that keeps a VM from moving to HOST; copies nothing.
+
+    Exit status 3 if there is an error among the findings; warnings do not keep it.
+    """
+    request = MoveRequest(vm=name, target=target, include_storage=include_storage, storage=storage)
+    return _check(session, request, with_plan=False)
+
+
+def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
+    path = f"vms/{segment(request.vm)}/check"
+    found = session.agent().call("POST", path, Check, body=request, timeout_s=CHECK_TIMEOUT_S)
+    errors = any(finding.severity is Severity.ERROR for finding in found.findings)
+    plan = found.plan if with_plan and not errors else None
+    session.answer(found, lambda: draw_check(request, found.findings, plan))
+    return Incompatible.exit_status if errors else 0
+
+
+@click.command("move")
+@click.argument("name", type=VM)
+@_destination
+@click.option("--max-passes", type=click.IntRange(min=1), metavar="N", help="Switch over after N complete passes.")
+@click.option("--threshold", type=Size(), metavar="SIZE", help="Switch over when no more than this remains.")
+@click.option("--bandwidth", type=Rate(), metavar="RATE", help="At most so fast: 100M (bytes per second) or 800mbit.")
+@click.option("--no-wait", is_flag=True, help="Only start the move.")
+@click.option("--dry-run", is_flag=True, help="Show findings, plan and estimate; change nothing.")
+@json_option
+@click.pass_obj
+def move_vm(
+    session: Session,
+    name: str,
+    target: str,
+    include_storage: bool,
+    storage: str | None,
+    max_passes: int | None,
+    threshold: int | None,
+    bandwidth: int | None,
+    no_wait: bool,
+    dry_run: bool,
+) -> int:
+    """Move a running VM to HOST. Its users notice nothing.
+
+    Ctrl-C cancels the move and waits for the answer; a second Ctrl-C leaves the move as it is.
+    """
+    request = MoveRequest(
+        vm=name,
+        target=target,
+        include_storage=include_storage,
+        storage=storage,
+        max_passes=max_passes,
+        threshold_bytes=threshold,
+        bandwidth_bytes_per_s=bandwidth,
+    )
+    if dry_run:
+        return _check(session, request, with_plan=True)
+    agent = session.agent()
+    begun = agent.call("POST", f"vms/{segment(name)}/move", MoveReport, body=request, timeout_s=CHECK_TIMEOUT_S)
+    if no_wait:
+        session.answer(
+            begun, lambda: output.say(f"move {begun.id} has begun; see it with: kvmhv move watch {begun.id}")
+        )
+        return 0
+    return _wait(session, agent, begun.id, cancel_on_interrupt=True)
+
+
+def _wait(session: Session, agent: Agent, move_id: str, *, cancel_on_interrupt: bool) -> int:
+    with view(quiet=session.json) as shown:
+        report = until_end(agent, move_id, shown, cancel_on_interrupt=cancel_on_interrupt)
+    session.answer(report, lambda: draw_report(report))
+    if report.outcome is not Outcome.DONE:
+        output.error(error_of(report), as_json=False)
+    return exit_status(report)
+
+
+# --- kvmhv move ---------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def move() -> None:
+    """Moves that run or have ended. ID may be shortened as long as it means one move."""
+
+
+@move.command("list")
+@json_option
+@click.pass_obj
+def list_moves(session: Session) -> None:
+    """List moves, out of and into the host."""
+    moves = _moves(session.agent())
+    session.answer(moves, lambda: _draw_moves(moves))
+
+
+def _moves(agent: Agent) -> list[MoveReport]:
+    return agent.call("GET", "moves", list[MoveReport])
+
+
+def _draw_moves(moves: Sequence[MoveReport]) -> None:
+    columns = ("id", "vm", "source", "target", "outcome", "phase", "progress", "blackout", "started")
+    rows = [
+        (
+            it.id,
+            it.vm,
+            it.source,
+            it.target,
+            it.outcome,
+            it.phase if it.outcome is Outcome.RUNNING else None,
+            f"{it.progress * 100:.0f} %",
+            None if it.blackout_ms is None else f"{it.blackout_ms:.0f} ms",
+            output.time_text(it.started_at),
+        )
+        for it in moves
+    ]
+    output.table(columns, rows)
+
+
+def _find(agent: Agent, prefix: str) -> MoveReport:
+    """Return the one move whose id begins so. Raises CallerError `move-unknown` or `move-ambiguous`."""
+    moves = _moves(agent)
+    found = [it for it in moves if it.id == prefix] or [it for it in moves if it.id.startswith(prefix)]
+    if not found:
+        raise CallerError("move-unknown", f"there is no move {prefix!r}", "see: kvmhv move list", http_status=404)
+    if len({it.id for it in found}) > 1:
+        text = f"{prefix!r} may mean {', '.join(it.id for it in found[:5])}"
+        raise CallerError("move-ambiguous", text, "write more of the move's id")
+    return found[0]
+
+
+@move.command()
+@click.argument("move_id", metavar="ID", type=MOVE)
+@json_option
+@click.pass_obj
+def show(session: Session, move_id: str) -> None:
+    """Show a move's report."""
+    report = _find(session.agent(), move_id)
+    session.answer(report, lambda: draw_report(report))
+
+
+@move.command()
+@click.argument("move_id", metavar="ID", type=MOVE)
+@json_option
+@click.pass_obj
+def watch(session: Session, move_id: str) -> int:
+    """Show a move's progress until it has ended. Ctrl-C only ends the watching."""
+    agent = session.agent()
+    return _wait(session, agent, _find(agent, move_id).id, cancel_on_interrupt=False)
+
+
+@move.command()
+@click.argument("move_id", metavar="ID", type=MOVE)
+@json_option
+@click.pass_obj
+def cancel(session: Session, move_id: str) -> None:
+    """Ask for a move's end: the VM goes on at the source, unless it is too late; `move watch` tells."""
+    agent = session.agent()
+    found = _find(agent, move_id)
+    agent.call("POST", f"moves/{segment(found.id)}/cancel", object)
+    session.answer(
+        {"id": found.id, "cancelling": True},
+        lambda: output.say(f"move {found.id} is being cancelled; see its end with: kvmhv move watch {found.id}"),
+    )

@@ -1,0 +1,91 @@
+"""A move on paper: its check and plan before it, its report after it."""
+
+from collections.abc import Sequence
+
+from kvmhv.cli import output
+from kvmhv.model import Finding, MoveReport, MoveRequest, Outcome, Plan
+
+_VERBS = {
+    Outcome.RUNNING: "is moving",
+    Outcome.DONE: "moved",
+    Outcome.FAILED: "did not move",
+    Outcome.CANCELLED: "was not moved (cancelled)",
+    Outcome.NEEDS_OPERATOR: "stands still between hosts",
+}
+
+
+def draw_check(request: MoveRequest, findings: Sequence[Finding], plan: Plan | None) -> None:
+    """Print findings, and the plan if there is one."""
+    if findings:
+        output.findings(findings)
+    else:
+        output.say(f"{request.vm} can move to {request.target}: nothing found")
+    if plan is not None:
+        _draw_plan(request, plan)
+
+
+def _draw_plan(request: MoveRequest, plan: Plan) -> None:
+    rule = plan.rule
+    rate = output.rate_text(rule.bandwidth_bytes_per_s) if rule.bandwidth_bytes_per_s else "as fast as it goes"
+    output.say(f"\nplan for {request.vm} to {request.target} (nothing was changed)")
+    output.pairs(
+        [
+            ("mode", plan.mode),
+            ("way", f"{plan.source_address} to {plan.target_address}, {rate}"),
+            ("switchover", f"at {output.size_text(rule.threshold_bytes)} or after pass {rule.max_passes}"),
+            ("capabilities", ", ".join(plan.capabilities)),
+            ("estimate", f"{output.seconds_text(plan.estimate_seconds)}, {output.size_text(plan.estimate_bytes)}"),
+        ]
+    )
+    if plan.disk_copies:
+        rows = [
+            (
+                copy.disk,
+                output.size_text(copy.size_bytes),
+                output.size_text(copy.used_bytes),
+                f"{copy.source_layers[0].location}/{copy.source_layers[0].path}",
+                f"{copy.target_layers[0].location}/{copy.target_layers[0].path}",
+                len(copy.source_layers),
+            )
+            for copy in plan.disk_copies
+        ]
+        output.table(("disk", "size", "used", "at the source", "at the target", "layers"), rows)
+
+
+def draw_report(report: MoveReport) -> None:
+    """Print phases and passes with their times, why it switched over, the blackout."""
+    mode = f" ({report.mode})" if report.mode else ""
+    output.say(f"{report.vm} {_VERBS[report.outcome]}: {report.source} to {report.target}{mode}, move {report.id}")
+    if report.phases:
+        output.table(("phase", "time"), [(done.phase, output.seconds_text(done.seconds)) for done in report.phases])
+    if report.passes:
+        rows = [
+            (
+                done.number,
+                output.size_text(done.sent_bytes),
+                output.size_text(done.remaining_bytes),
+                output.rate_text(done.bytes_per_second),
+                output.rate_text(done.dirty_bytes_per_second),
+                output.seconds_text(done.seconds),
+            )
+            for done in report.passes
+        ]
+        output.table(("pass", "sent", "remaining", "rate", "dirtied", "time"), rows)
+    output.pairs(_summary(report))
+
+
+def _summary(report: MoveReport) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("outcome", report.outcome)]
+    if report.reason:
+        rows.append(("reason", report.reason))
+    if report.switchover:
+        rows.append(("switchover", f"{report.switchover.reason}, after pass {report.switchover.pass_number}"))
+    if report.blackout_ms is not None:
+        sure = report.blackout_uncertainty_ms
+        rows.append(("blackout", f"{report.blackout_ms:.1f} ms" + (f" (± {sure:.1f} ms)" if sure is not None else "")))
+    rows.append(("memory", output.size_text(report.memory_bytes)))
+    rows.append(("disks", output.size_text(report.disk_bytes)))
+    if report.ended_at is not None:
+        rows.append(("total", output.seconds_text(report.ended_at - report.started_at)))
+    rows += [("warning", warning) for warning in report.warnings]
+    return rows
