@@ -5,26 +5,22 @@ everything they are made of (the sources and the Debian suite), so a change buil
 `write_boot_guest(path, template, ...)` makes a boot-sector disk with its parameters in place; it needs no build.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
 import struct
-import subprocess
-import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmhv.errors import CallerError, HostError
+from kvmhv.errors import CallerError
+from kvmhv.lab.state import CACHE_DIR
+from kvmhv.lab.steps import Progress, run_step
+from kvmhv.lab.tree import cache_lock, ensure_trees
 
 SOURCES = Path(__file__).resolve().parents[2] / "vm-images"
-CACHE = Path("/var/cache/kvmhv-lab/images")
+CACHE = CACHE_DIR / "images"
 SUITE = "trixie"
 BUILD_TIMEOUT_S = 900.0
-LOG_TAIL_LINES = 15
 
 AS_FAST_AS_IT_CAN = 0xFFFFFFFF
 """A rate for `write_boot_guest`: no pauses."""
@@ -32,9 +28,6 @@ AS_FAST_AS_IT_CAN = 0xFFFFFFFF
 _PARAMETERS_AT = 0x180
 _MAGIC = b"KVMHVBG1"
 _PAGE_BYTES = 4096
-_SECTOR_BYTES = 512
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -129,93 +122,43 @@ def content_hash(sources: Path, suite: str = SUITE) -> str:
 
 
 def ensure_guest_images(
-    progress: Progress,
-    find_tree: Callable[[str, Progress], Path],
-    *,
-    sources: Path = SOURCES,
-    cache: Path = CACHE,
-    suite: str = SUITE,
+    progress: Progress, *, sources: Path = SOURCES, cache: Path = CACHE, suite: str = SUITE
 ) -> GuestImages:
-    """Return the guests, building them first if this is the first time (about a minute).
+    """Return the guests, building them first (in the lab's tree of `suite`) if this is the first time: a minute.
 
-    `find_tree(suite, progress)` gives a Debian tree of that suite to build in; it is only read and only asked for when
-    there is something to build. `progress` is called with a sentence at each step. Several callers at once build once.
-
-    Raises HostError: a step of the build failed (the message has its log's end) or took longer than BUILD_TIMEOUT_S.
-    A failed build leaves nothing but its log.
+    Raises HostError `lab-step`: a step of the build failed; the message has the end of the build's log, where the last
+    line with "step:" says how far it came. Nothing is left then but the log. Several callers at once build once.
     """
     name = content_hash(sources, suite)
     images = GuestImages(cache / name)
     if images.manifest.exists():
         return images
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock", progress):
+    # The lock is the trees' too: it keeps the tree that we build in.
+    with cache_lock():
         if images.manifest.exists():
             return images
-        tree = find_tree(suite, progress)
-        unfinished = cache / f"{name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(images.directory, ignore_errors=True)
-        try:
-            _build(sources / "build-in-overlay", tree, unfinished, cache / f"{name}.log", progress)
-            unfinished.rename(images.directory)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _build(images.directory, sources, ensure_trees([suite], progress)[suite], progress)
     return images
 
 
-@contextmanager
-def _locked(path: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of the cache; another process that builds is waited for, at most BUILD_TIMEOUT_S."""
-    deadline = time.monotonic() + BUILD_TIMEOUT_S
-    with path.open("w") as file:
-        told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise HostError(
-                        "guest-images-locked", f"another process holds {path}", "wait for it, or end it"
-                    ) from None
-                if not told:
-                    progress("guest images: another process builds them, waiting")
-                    told = True
-                time.sleep(0.2)
-            else:
-                break
-        yield
-
-
-def _build(script: Path, tree: Path, out: Path, log: Path, progress: Progress) -> None:
-    """Run the build; its output goes to `log`, its steps to `progress`."""
-    step = "start"
-    tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-    deadline = time.monotonic() + BUILD_TIMEOUT_S
-    # timeout(1) also ends a build that is silent, which a deadline between two lines would not.
-    command = ["timeout", "--kill-after=5", str(int(BUILD_TIMEOUT_S)), str(script), str(tree), str(out)]
-    with (
-        log.open("w") as log_file,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            log_file.write(line)
-            tail.append(line.rstrip())
-            if line.startswith("step: "):
-                step = line.removeprefix("step: ").strip()
-                progress(f"guest images: {step}")
-    if process.returncode:
-        why = "took too long" if time.monotonic() >= deadline else f"failed (exit status {process.returncode})"
-        raise HostError(
-            "guest-images-failed",
-            f"building the guest images: step '{step}' {why}; the end of {log}:\n" + "\n".join(tail),
-            "mend what the log says and run it again",
+def _build(directory: Path, sources: Path, tree: Path, progress: Progress) -> None:
+    """Build beside `directory` and rename when all is there: a killed build leaves nothing that looks whole."""
+    part = directory.with_name(f".{directory.name}.part")
+    log = directory.with_name(f"{directory.name}.log")
+    log.unlink(missing_ok=True)
+    for rest in (part, directory):
+        if rest.exists():
+            shutil.rmtree(rest)
+    try:
+        run_step(
+            "guest images",
+            [str(sources / "build-in-overlay"), str(tree), str(part)],
+            log=log,
+            progress=progress,
+            todo="are Debian's servers reachable (or a proxy set in apt's configuration)? Then try again",
+            timeout_s=BUILD_TIMEOUT_S,
         )
+        part.rename(directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

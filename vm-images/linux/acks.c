@@ -1,9 +1,9 @@
-/* Delivers acknowledgements over TCP, each exactly in order and none lost: an entry leaves the queue when the other side has
- * confirmed it. After a broken connection all that is not confirmed is sent again; the other side knows them by boot and
- * record number. A full queue makes the writer wait.
+/* Delivers acknowledgements over TCP, in order and none lost: an entry leaves the queue when the other side has confirmed it.
+ * After a broken connection all that is not confirmed is sent again; the other side knows them by boot and record number. A
+ * full queue makes the writer wait.
  *
- * One connection a disk. We send "<disk> <record> <slot> <crc> <kind> <boot id>\n", the other side answers "<record>\n": all
- * up to this record have arrived.
+ * One connection a disk. We send "<disk> <record> <slot> <crc> <kind> <boot id>\n", the other side answers "<count>\n": so many
+ * lines have arrived on this connection.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,7 +25,8 @@ static struct queue {
     pthread_mutex_t lock;
     pthread_cond_t room;
     struct ack entries[QUEUE];
-    uint64_t first, next, end; /* counts since boot: first not confirmed, next to send, end of the queue */
+    /* Counts since boot: first not confirmed, next to send, end of the queue; and `first` when this connection began. */
+    uint64_t first, next, end, base;
     int wake;
 } queues[DISKS_MAX];
 
@@ -43,6 +44,18 @@ void acks_put(int disk, const struct ack *ack)
     pthread_mutex_unlock(&queue->lock);
     if (write(queue->wake, &one, sizeof one) < 0)
         perror("work: eventfd");
+}
+
+void acks_wait(int disk)
+{
+    struct queue *queue = &queues[disk];
+
+    if (!parameters.ack.sin_port)
+        return;
+    pthread_mutex_lock(&queue->lock);
+    while (queue->first != queue->end)
+        pthread_cond_wait(&queue->room, &queue->lock);
+    pthread_mutex_unlock(&queue->lock);
 }
 
 static int connect_to_ack(void)
@@ -63,20 +76,21 @@ static int connect_to_ack(void)
     return -1;
 }
 
-/* Take "<record>\n" lines; everything up to that record is done with. Returns -1 on a line that makes no sense. */
+/* Take "<count>\n" lines; what they count is done with. Returns -1 on a line that makes no sense. */
 static int confirm(struct queue *queue, int disk, char *text, size_t *length)
 {
     char *line = text, *newline;
 
     while ((newline = memchr(line, '\n', *length - (size_t)(line - text)))) {
         char *end;
-        uint64_t record = strtoull(line, &end, 10);
-        if (end != newline)
+        uint64_t count = strtoull(line, &end, 10);
+        if (end != newline || queue->base + count > queue->next)
             return -1;
         pthread_mutex_lock(&queue->lock);
-        while (queue->first < queue->next && queue->entries[queue->first % QUEUE].record <= record) {
-            disk_states[disk].acknowledged = queue->entries[queue->first % QUEUE].record;
-            queue->first++;
+        for (; queue->first < queue->base + count; queue->first++) {
+            const struct ack *ack = &queue->entries[queue->first % QUEUE];
+            if (ack->kind <= DISCARD)
+                disk_states[disk].acknowledged = ack->record;
         }
         pthread_cond_signal(&queue->room);
         pthread_mutex_unlock(&queue->lock);
@@ -90,7 +104,7 @@ static int confirm(struct queue *queue, int disk, char *text, size_t *length)
 /* Send on one connection until it breaks. */
 static void deliver(struct queue *queue, int disk, int file)
 {
-    static const char *const kinds[] = {"data", "zeros", "discard"};
+    static const char *const kinds[] = {"data", "zeros", "discard", "will-zeros", "will-discard", "start"};
     char out[LINE_BYTES], in[256];
     size_t out_length = 0, out_sent = 0, in_length = 0;
 
@@ -146,7 +160,7 @@ static void *ack_thread(void *index)
             continue;
         }
         pthread_mutex_lock(&queue->lock);
-        queue->next = queue->first;
+        queue->base = queue->next = queue->first;
         pthread_mutex_unlock(&queue->lock);
         deliver(queue, disk, file);
         close(file);

@@ -99,6 +99,15 @@ static uint32_t make_record(const struct writer *writer, struct record *record, 
     return record->crc;
 }
 
+/* Announce something about a slot and wait until the other side knows it. */
+static void announce(const struct writer *writer, enum kind kind, uint64_t number, uint64_t slot)
+{
+    struct ack ack = {.record = number, .slot = slot, .kind = kind};
+
+    acks_put(writer->index, &ack);
+    acks_wait(writer->index);
+}
+
 /* Compare a slot with what this boot last put there. Discarded slots may hold anything. */
 static void verify(struct writer *writer, uint64_t used, uint64_t slot)
 {
@@ -179,6 +188,7 @@ void *disk_thread(void *index)
         return NULL;
     }
     acks_start(writer.index);
+    announce(&writer, START, 0, 0); /* records of a boot that nobody knows could not be told from old ones */
     for (uint64_t number = 1;; number++) {
         if (pace.per_s)
             pace_take(&pace, 1);
@@ -194,6 +204,10 @@ void *disk_thread(void *index)
         ack.kind = what == 0 ? ZEROS : what == 1 ? DISCARD : DATA;
         if (writer.contents)
             verify(&writer, used, ack.slot);
+        if (ack.kind != DATA) {
+            /* Zeros bear no number: who checks the disk must know beforehand that they may be there. */
+            announce(&writer, ack.kind == ZEROS ? WILL_ZEROS : WILL_DISCARD, number, ack.slot);
+        }
         if (put(&writer, number, ack.slot, &ack)) {
             fprintf(stderr, "work: record %llu of %s: %s\n", (unsigned long long)number, writer.state->name,
                     strerror(errno));

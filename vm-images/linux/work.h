@@ -74,7 +74,7 @@ void *status_thread(void *unused);
 void *button_thread(void *unused);
 
 /* Acknowledgements of one disk: a bounded queue and a thread that delivers it. */
-enum kind { DATA, ZEROS, DISCARD };
+enum kind { DATA, ZEROS, DISCARD, WILL_ZEROS, WILL_DISCARD, START };
 struct ack {
     uint64_t record, slot;
     uint32_t crc;
@@ -82,5 +82,6 @@ struct ack {
 };
 void acks_start(int disk);
 void acks_put(int disk, const struct ack *ack); /* waits while the queue is full */
+void acks_wait(int disk);                       /* until all is confirmed */
 
 #endif
