@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
 
 import click
+
+from kvmhv.cli import output
+from kvmhv.cli.session import Session, json_option
 
 _RATE_HELP = "Speed of the migration network, e.g. 400mbit; unlimited when not given."
 
@@ -20,7 +22,6 @@ lab_option = click.option(
     metavar="NAME",
     help="Which lab: several can be up at once without touching each other (also by KVMHV_LAB).",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group()
@@ -42,14 +43,6 @@ def _suites(_context: click.Context, _parameter: click.Parameter, values: tuple[
     return suites
 
 
-def _say(message: str) -> None:
-    click.echo(message, err=True)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value))
-
-
 @lab.command()
 @click.option("--rate", metavar="RATE", help=_RATE_HELP)
 @click.option(
@@ -63,48 +56,53 @@ def _print_json(value: Any) -> None:
 @click.option("--agents/--no-agents", default=True, show_default=True, help="Run an agent on host1 and host2.")
 @lab_option
 @json_option
-def up(rate: str | None, suites: dict[str, str], agents: bool, lab_name: str, as_json: bool) -> None:
+@click.pass_obj
+def up(session: Session, rate: str | None, suites: dict[str, str], agents: bool, lab_name: str) -> None:
     """Bring a lab up. The first time builds its Debian tree, which takes a minute or two."""
     from kvmhv.lab.lab import Lab  # noqa: PLC0415
 
-    made = Lab.up(lab_name, rate=rate, suites=suites, agents=agents, progress=_say)
-    if as_json:
-        _print_json(made.status())
+    made = Lab.up(lab_name, rate=rate, suites=suites, agents=agents, progress=output.note)
+    session.answer(made.status(), lambda: None)
 
 
 @lab.command()
 @lab_option
 @json_option
-def down(lab_name: str, as_json: bool) -> None:
+@click.pass_obj
+def down(session: Session, lab_name: str) -> None:
     """End a lab, whole or half-made, and remove all of it."""
     from kvmhv.lab.lab import down as end  # noqa: PLC0415
 
     removed = end(lab_name)
-    if as_json:
-        _print_json({"name": lab_name, "state": "down", "removed": removed})
-    else:
-        _say(f"lab {lab_name!r} is down" if removed else f"lab {lab_name!r} was not up")
+    text = f"lab {lab_name!r} is down" if removed else f"lab {lab_name!r} was not up"
+    session.answer({"name": lab_name, "state": "down", "removed": removed}, lambda: output.say(text))
 
 
 @lab.command()
 @lab_option
 @json_option
-def status(lab_name: str, as_json: bool) -> None:
+@click.pass_obj
+def status(session: Session, lab_name: str) -> None:
     """Show a lab's hosts, their addresses, and its networks."""
     from kvmhv.lab.lab import status as find  # noqa: PLC0415
 
     found = find(lab_name)
-    if as_json:
-        _print_json(found)
-        return
+    session.answer(found, lambda: _draw(found))
+
+
+def _draw(found: dict[str, Any]) -> None:
+    output.say(f"lab {found['name']!r} is {found['state']}")
     if found["state"] != "up":
-        click.echo(f"lab {lab_name!r} is {found['state']}; start it with: kvmhv lab up")
+        output.say("start it with: kvmhv lab up")
         return
-    for host in found["hosts"]:
-        addresses = "  ".join(f"{network} {address}" for network, address in host["addresses"].items())
-        click.echo(f"{host['name']:<10} {host['state']:<8} {host['suite']:<9} {addresses}")
-    for name, network in found["networks"].items():
-        click.echo(f"network {name:<11} {network['subnet']:<15} {network['rate'] or 'no limit'}")
+    networks = found["networks"]
+    rows = [
+        (host["name"], host["state"], host["suite"], *(host["addresses"][network] for network in networks))
+        for host in found["hosts"]
+    ]
+    output.table(("host", "state", "debian", *networks), rows)
+    output.say("")
+    output.table(("network", "subnet", "rate"), [(name, net["subnet"], net["rate"]) for name, net in networks.items()])
 
 
 @lab.command(

@@ -43,7 +43,7 @@ _PROXY_VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTP
 _LAUNCHER = """#!/bin/sh
 # The checkout is mounted read-only, so compiled modules are kept elsewhere.
 export PYTHONPATH=/opt/kvmhv/src PYTHONPYCACHEPREFIX=/var/cache/kvmhv/pycache PYTHONUNBUFFERED=1
-exec /opt/kvmhv/venv/bin/python -m kvmhv.cli "$@"
+exec /opt/kvmhv/venv/bin/python -m kvmhv "$@"
 """
 
 
