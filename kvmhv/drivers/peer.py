@@ -189,14 +189,18 @@ class Peer:
         target = self.trusted(host)
         route = FILE_ROUTE.format(move=move_id, name=name)
         try:
-            size = file.stat().st_size
+            size = (await asyncio.to_thread(file.stat)).st_size
         except OSError as error:
             raise _unreadable(file, error) from error
-        async with self.session(target) as session, self.translated(target), asyncio.timeout(timeout_s):
-            async with session.put(
-                f"https://{target.address}{route}", data=_chunks(file), headers={"Content-Length": str(size)}
-            ) as response:
-                await raise_for_body(response, target.name)
+        url = f"https://{target.address}{route}"
+        headers = {"Content-Length": str(size)}
+        async with (
+            self.session(target) as session,
+            self.translated(target),
+            asyncio.timeout(timeout_s),
+            session.put(url, data=_chunks(file), headers=headers) as response,
+        ):
+            await raise_for_body(response, target.name)
 
     def session(self, target: TrustedHost) -> aiohttp.ClientSession:
         """Return a client session that reaches this host only, without a total deadline: the caller sets one."""

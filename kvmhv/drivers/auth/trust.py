@@ -93,7 +93,7 @@ class Trust:
             raise CallerError(
                 "trust-name-taken",
                 f"another host of the name {name!r} is trusted here (certificate {known.fingerprint[:16]}...)",
-                f"give the new host another name, or, if it replaces the old, `kvmhv host trust remove {name}` here first",
+                f"give the new host another name; if it replaces the old: `kvmhv host trust remove {name}` here first",
                 host=self.own_name,
                 http_status=409,
             )
@@ -143,7 +143,7 @@ class Trust:
         return CallerError(
             "host-unknown",
             f"{host!r} is no host that {self.own_name} trusts",
-            "see `kvmhv host trust list`; to add one: `kvmhv host trust invite` there, `kvmhv host trust join CODE` here",
+            "`kvmhv host trust list` shows them; `kvmhv host trust invite` there and `... join CODE` here add one",
             host=self.own_name,
             http_status=404,
         )
