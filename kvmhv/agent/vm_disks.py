@@ -1,0 +1,250 @@
+"""Makes and removes a VM's disks, all or nothing: a ledger says which files were made for a VM that is not defined yet.
+
+A layer is the VM's own if it is the top of a disk or lies in the VM's directory (core/vm_spec.py, belongs_to_vm); only
+those are deleted with the VM. Backing files elsewhere may be shared and stay.
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from kvmhv.agent.images import Images
+from kvmhv.agent.vm_records import VmRecords
+from kvmhv.core.vm_spec import belongs_to_vm, check_disk_size, layer_path
+from kvmhv.drivers.storage.qemu_img import CHAIN_MAX, ImageFile
+from kvmhv.errors import CallerError, HostError, KvmhvError
+from kvmhv.model import Disk, DiskFormat, DiskSpec, Layer, Struct, Vm, VmSpec
+from kvmhv.ports import Disks, Records
+
+KIND = "disks-made"
+DEFAULT_LOCATION = "default"
+
+
+class ImageDisks(Disks, Protocol):
+    """What making disks from image files needs beyond a move; implemented by drivers/storage."""
+
+    async def chain(self, file: Path, format: DiskFormat | None) -> tuple[ImageFile, ...]:  # noqa: A002
+        """Describe an image and its backing files, top first. Raises CallerError `disk-invalid`, `disk-in-use`."""
+        ...
+
+    def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
+        """Return the layer that a file is, None if it lies in no location."""
+        ...
+
+    async def flatten(self, chain: tuple[ImageFile, ...], layer: Layer) -> None:
+        """Copy an image with its backing files into one new layer."""
+        ...
+
+    async def copy_file(self, image: ImageFile, layer: Layer, backing: Layer | None) -> None:
+        """Copy one file of a chain as it is, onto `backing`."""
+        ...
+
+
+class Ledger(Struct, frozen=True, kw_only=True):
+    """Files that were made for a VM that is not defined here yet."""
+
+    layers: tuple[Layer, ...] = ()
+    arriving: bool = False
+    """Made for a move, whose recovery decides; else for a create, which an agent's end undoes."""
+    complete: bool = False
+
+
+class VmDisks:
+    """The disks of this host's VMs."""
+
+    def __init__(self, records: Records, disks: ImageDisks, images: Images) -> None:
+        self._records = records
+        self._vms = VmRecords(records)
+        self._disks = disks
+        self._images = images
+
+    def paths(self, vm: Vm) -> dict[str, tuple[Path, ...]]:
+        """Files of each disk's layers, top first. Raises CallerError `location-unknown` or `path-invalid`."""
+        return {disk.name: tuple(self._disks.path(layer) for layer in disk.layers) for disk in vm.disks}
+
+    async def make_from_spec(self, vm_id: str, spec: VmSpec) -> tuple[tuple[int, tuple[Layer, ...]], ...]:
+        """Make every disk of a checked spec; returns size and layers of each. After a failure call undo()."""
+        self._write(vm_id, Ledger())
+        made = []
+        for index, disk in enumerate(spec.disks):
+            made.append(await self._make_disk(vm_id, spec.name, f"disk{index}", disk))
+        return tuple(made)
+
+    async def make_empty(self, vm: Vm, names: Collection[str] | None) -> None:
+        """Make every layer of these disks (None: of all) of a VM that will arrive: empty, of the disk's exact size.
+
+        All or nothing, and only once. Raises what Disks.create raises, above all HostError `file-exists`.
+        """
+        ledger = self._read(vm.id)
+        if ledger is not None and ledger.complete:
+            return
+        await self.undo(vm.id)
+        self._write(vm.id, Ledger(arriving=True))
+        try:
+            for disk in _named(vm, names):
+                backing: Layer | None = None
+                for layer in reversed(disk.layers):
+                    await self._make(vm.id, layer, partial(self._disks.create, layer, disk.size_bytes, backing))
+                    backing = layer
+        except BaseException:
+            await self.undo(vm.id)
+            raise
+        ledger = self._read(vm.id) or Ledger()
+        self._write(vm.id, msgspec.structs.replace(ledger, complete=True))
+
+    async def remove(self, vm: Vm, names: Collection[str] | None) -> None:
+        """Delete the own layers of these disks (None: of all) of a defined VM, else what was made for its arrival.
+
+        No error for what is gone.
+        """
+        if self._vms.get(vm.id) is None:
+            await self.undo(vm.id)
+            return
+        others = {
+            (layer.location, layer.path)
+            for record in self._vms.all()
+            if record.vm.id != vm.id
+            for disk in record.vm.disks
+            for layer in disk.layers
+        }
+        for disk in _named(vm, names):
+            for depth, layer in enumerate(disk.layers):
+                if belongs_to_vm(vm.name, depth, layer) and (layer.location, layer.path) not in others:
+                    await self._disks.remove(layer)
+
+    async def undo(self, vm_id: str) -> None:
+        """Delete what was made for a VM that is not defined here; no error if there is nothing."""
+        ledger = self._read(vm_id)
+        if ledger is None:
+            return
+        for layer in reversed(ledger.layers):
+            await self._disks.remove(layer)
+        self._records.delete(KIND, vm_id)
+
+    def keep(self, vm_id: str) -> None:
+        """The VM is defined now: its files are its own."""
+        self._records.delete(KIND, vm_id)
+
+    def unfinished_creates(self) -> tuple[str, ...]:
+        """Ids of VMs whose create an agent's end cut short."""
+        found = [(key, msgspec.json.decode(value, type=Ledger)) for key, value in self._records.all(KIND)]
+        return tuple(key for key, ledger in found if not ledger.arriving)
+
+    # ---
+
+    async def _make_disk(self, vm_id: str, vm_name: str, name: str, spec: DiskSpec) -> tuple[int, tuple[Layer, ...]]:
+        location = spec.location or DEFAULT_LOCATION
+        kind = spec.format or DiskFormat.QCOW2
+        if spec.file is not None:
+            chain = await self._described(spec.file, spec.format)
+            check_disk_size(name, chain[0].size_bytes)
+            return chain[0].size_bytes, await self._place(vm_id, vm_name, name, chain, location, 0)
+        if spec.image is not None:
+            image = self._images.disk(spec.image)
+            kind = spec.format or image.format
+            top = Layer(location=location, path=layer_path(vm_name, name, 0, kind), format=kind)
+            await self._make(vm_id, top, partial(self._disks.flatten, (image,), top))
+            return image.size_bytes, (top,)
+        top = Layer(location=location, path=layer_path(vm_name, name, 0, kind), format=kind)
+        if spec.backing is None:
+            size_bytes = spec.size_bytes or 0
+            await self._make(vm_id, top, partial(self._disks.create, top, size_bytes, None))
+            return size_bytes, (top,)
+        below = await self._backing(spec.backing)
+        size_bytes = spec.size_bytes or below[0].size_bytes
+        check_disk_size(name, size_bytes)
+        if size_bytes < below[0].size_bytes:
+            raise CallerError(
+                "size-invalid", f"{name}: its backing file has {below[0].size_bytes} bytes", "give at least that size"
+            )
+        layers = await self._place(vm_id, vm_name, name, below, location, 1)
+        await self._make(vm_id, top, partial(self._disks.create, top, size_bytes, layers[0]))
+        return size_bytes, (top, *layers)
+
+    async def _backing(self, backing: str) -> tuple[ImageFile, ...]:
+        """A path has a slash in it; anything else is the name of an image."""
+        if "/" not in backing:
+            return (self._images.disk(backing),)
+        return await self._described(backing, None)
+
+    async def _described(self, file: str, kind: DiskFormat | None) -> tuple[ImageFile, ...]:
+        path = Path(file)
+        if not path.is_absolute():
+            raise CallerError("disk-invalid", f"{file!r} is a relative path", "give the absolute path on the host")
+        chain = await self._disks.chain(path, kind)
+        if kind is None and len(chain) > 1 and path.suffix != ".qcow2":
+            # A guest can write a qcow2 header into its raw disk, naming any file of the host as its backing file.
+            raise CallerError(
+                "disk-format-needed",
+                f"{file} looks like a qcow2 with a backing file, but its name does not say so",
+                "say format=qcow2 if you trust its header, format=raw if a guest has written it",
+            )
+        if len(chain) >= CHAIN_MAX:
+            raise CallerError("disk-invalid", f"{file} has {len(chain)} layers", "commit or flatten it first")
+        return chain
+
+    async def _place(
+        self, vm_id: str, vm_name: str, name: str, chain: tuple[ImageFile, ...], location: str, depth: int
+    ) -> tuple[Layer, ...]:
+        """Bring a chain into locations, from its bottom: what lies in one stays, what lies above a copy is copied."""
+        placed: list[Layer] = []
+        copied = False
+        for index in range(len(chain) - 1, -1, -1):
+            image = chain[index]
+            inside = None if copied else self._disks.layer_of(image.file, image.format)
+            if inside is not None:
+                self._refuse_shared(inside, written=depth + index == 0)
+                placed.append(inside)
+                continue
+            copied = True
+            path = layer_path(vm_name, name, depth + index, image.format)
+            layer = Layer(location=location, path=path, format=image.format)
+            below = placed[-1] if placed else None
+            await self._make(vm_id, layer, partial(self._disks.copy_file, image, layer, below))
+            placed.append(layer)
+        return tuple(reversed(placed))
+
+    def _refuse_shared(self, layer: Layer, *, written: bool) -> None:
+        """No file is written by two VMs, or written by one and the backing file of another."""
+        for record in self._vms.all():
+            for disk in record.vm.disks:
+                for depth, other in enumerate(disk.layers):
+                    same = (other.location, other.path) == (layer.location, layer.path)
+                    if same and (written or depth == 0):
+                        raise CallerError(
+                            "disk-in-use",
+                            f"{layer.location}/{layer.path} belongs to {disk.name} of VM {record.vm.name}",
+                            "copy the file, or use backing=",
+                            http_status=409,
+                        )
+
+    async def _make(self, vm_id: str, layer: Layer, making: Callable[[], Awaitable[None]]) -> None:
+        """Make one file, written down before it is there: an agent that dies here can still undo it."""
+        before = self._read(vm_id) or Ledger()
+        if not _exists(self._disks.path(layer)):
+            self._write(vm_id, msgspec.structs.replace(before, layers=(*before.layers, layer)))
+        try:
+            await making()
+        except KvmhvError as error:
+            if isinstance(error, HostError) and error.code == "file-exists":
+                self._write(vm_id, before)  # it is somebody else's
+            raise
+
+    def _read(self, vm_id: str) -> Ledger | None:
+        value = self._records.get(KIND, vm_id)
+        return None if value is None else msgspec.json.decode(value, type=Ledger)
+
+    def _write(self, vm_id: str, ledger: Ledger) -> None:
+        self._records.put(KIND, vm_id, msgspec.json.encode(ledger))
+
+
+def _named(vm: Vm, names: Collection[str] | None) -> Iterator[Disk]:
+    return (disk for disk in vm.disks if names is None or disk.name in names)
+
+
+def _exists(file: Path) -> bool:
+    return os.path.lexists(file)

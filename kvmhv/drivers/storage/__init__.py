@@ -1,0 +1,1 @@
+"""Image files in this host's locations: implements ports.Disks."""
