@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from kvmhv.errors import CallerError
-from kvmhv.model import MIB, Bytes, Rule, Timeouts
+from kvmhv.model import MIB, HostSettings, Timeouts
 
 PORT = 6600
 """Hyper-V's port for live migration."""
@@ -88,26 +88,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def socket_path(self) -> Path:
         """The local UNIX socket."""
         return self.run_path / "agent.sock"
-
-
-class HostSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=None):
-    """Hyper-V's host settings for live migration (`kvmhv host set migration.KEY=VALUE`)."""
-
-    enabled: bool = False
-    """Both directions."""
-    moves_out: Annotated[int, Meta(ge=0, le=100)] = 2
-    moves_in: Annotated[int, Meta(ge=0, le=100)] = 2
-    storage_copies: Annotated[int, Meta(ge=0, le=100)] = 2
-    """Moves that copy disks at the same time, both directions together."""
-    use_any_network: bool = False
-    networks: tuple[str, ...] = ()
-    """Local subnets for migration traffic, `10.0.0.0/24` or with a priority `10.0.0.0/24@50` (higher goes first)."""
-    sources: tuple[str, ...] = ()
-    """Addresses and subnets of hosts that may move VMs in; empty: every trusted host."""
-    performance: str = "tcpip"
-    profile: str = "hyperv"
-    threshold_bytes: Bytes = Rule().threshold_bytes
-    bandwidth_bytes_per_s: Bytes = 0
 
 
 PROFILES: dict[str, int] = {"hyperv": 10, "hyperv-2012r2": 5}

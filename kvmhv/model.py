@@ -274,6 +274,26 @@ class IncomingAddress(Struct, frozen=True, kw_only=True):
     disk_port: int | None
 
 
+class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Hyper-V's host settings for live migration (`kvmhv host set migration.KEY=VALUE`)."""
+
+    enabled: bool = False
+    """Both directions."""
+    moves_out: Annotated[int, Meta(ge=0, le=100)] = 2
+    moves_in: Annotated[int, Meta(ge=0, le=100)] = 2
+    storage_copies: Annotated[int, Meta(ge=0, le=100)] = 2
+    """Moves that copy disks at the same time, both directions together."""
+    use_any_network: bool = False
+    networks: tuple[str, ...] = ()
+    """Local subnets for migration traffic, `10.0.0.0/24` or with a priority `10.0.0.0/24@50` (higher goes first)."""
+    sources: tuple[str, ...] = ()
+    """Addresses and subnets of hosts that may move VMs in; empty: every trusted host."""
+    performance: str = "tcpip"
+    profile: str = "hyperv"
+    threshold_bytes: Bytes = Rule().threshold_bytes
+    bandwidth_bytes_per_s: Bytes = 0
+
+
 class MoveRequest(Struct, frozen=True, kw_only=True):
     """What the operator asked for. None: the host's setting decides."""
 

@@ -145,7 +145,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         target=state.target,
         direction="out",
         mode=state.plan.mode if state.plan else None,
-        outcome=state.outcome,
+        outcome=Outcome.RUNNING if state.step is SourceStep.UNDOING else state.outcome,
         reason=state.failure.message if state.failure else None,
         error=state.failure,
         phase=state.phase,

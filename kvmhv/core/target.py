@@ -377,7 +377,7 @@ def report(state: TargetState) -> MoveReport:
         target=state.target,
         direction="in",
         mode=state.plan.mode,
-        outcome=state.outcome,
+        outcome=Outcome.RUNNING if state.step is TargetStep.UNDOING else state.outcome,
         reason=state.failure.message if state.failure else None,
         error=state.failure,
         phase=phase,

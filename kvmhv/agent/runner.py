@@ -1,0 +1,226 @@
+"""The one loop between the core that decides and the drivers that act.
+
+A fact comes in, `step` makes the next state and a list of effects, the effects are performed in their order: Journal,
+Send and timers at once, the others each in a task of its own that answers with a fact. One runner per move and side; it
+owns every task that it started.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
+
+import msgspec
+import structlog
+
+from kvmhv.agent.link import Link
+from kvmhv.core import facts
+from kvmhv.core.effects import ClearTimer, Effect, Finish, Journal, NeedOperator, Send, SetTimer
+from kvmhv.core.source_state import SourceState
+from kvmhv.core.target import TargetState
+from kvmhv.errors import HostError, KvmhvError
+from kvmhv.messages import AnyMessage
+from kvmhv.model import MoveReport, Outcome
+from kvmhv.ports import Clock, QemuEvent
+from kvmhv.ports import Journal as JournalPort
+
+log = structlog.get_logger(__name__)
+
+State = SourceState | TargetState
+FINISH_WAIT_S = 30.0
+"""How long the last effects (a Cont, say) may take before a move that has ended is put away."""
+
+
+class Machine(Protocol):
+    """One side of a move: its pure step, and what performs its effects."""
+
+    role: str
+
+    def step(self, state: State, fact: facts.Fact) -> tuple[State, list[Effect]]:
+        """Decide."""
+        ...
+
+    def report(self, state: State, now_ms: float) -> MoveReport:
+        """Show."""
+        ...
+
+    def performer(self, effect: Effect) -> Callable[[], Awaitable[facts.Fact | None]]:
+        """Return what performs an effect; it returns the fact that answers it, or raises KvmhvError."""
+        ...
+
+    async def hear(self, event: QemuEvent) -> facts.Fact | None:
+        """Turn what QEMU said into a fact."""
+        ...
+
+
+class Runner:
+    """Runs one side of one move from its first fact to Finish."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        state: State,
+        clock: Clock,
+        journal: JournalPort,
+        queue_limit: int,
+    ) -> None:
+        self.machine = machine
+        self.state = state
+        self.final: MoveReport | None = None
+        self.ended = asyncio.Event()
+        self.link: Link | None = None
+        self._clock = clock
+        self._journal = journal
+        self._facts: asyncio.Queue[facts.Fact] = asyncio.Queue(queue_limit)
+        self._events: asyncio.Queue[QemuEvent] = asyncio.Queue(queue_limit)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Condition()
+        self._log = log.bind(move=state.move_id, role=machine.role)
+
+    # --- facts in
+
+    def put(self, fact: facts.Fact) -> None:
+        """Hand a fact in. A full queue means that something floods this move: the fact is dropped and logged."""
+        try:
+            self._facts.put_nowait(fact)
+        except asyncio.QueueFull:
+            self._log.error("too many facts wait", fact=type(fact).__name__)
+
+    def put_event(self, event: QemuEvent) -> None:
+        """Hand in what QEMU said; events are turned into facts in their order."""
+        with contextlib.suppress(asyncio.QueueFull):
+            self._events.put_nowait(event)
+
+    def connected(self) -> None:
+        """Note that a connection stands."""
+        self.put(facts.PeerConnected(at_ms=self._clock.monotonic_ms()))
+
+    def lost(self, error: KvmhvError) -> None:
+        """Note that no connection stands."""
+        self.put(facts.PeerLost(at_ms=self._clock.monotonic_ms(), error=error.body()))
+
+    def heard(self, message: AnyMessage) -> None:
+        """Note what the other agent said."""
+        self.put(facts.Received(at_ms=self._clock.monotonic_ms(), message=message))
+
+    # --- the loop
+
+    async def run(self, first: list[Effect]) -> MoveReport:
+        """Perform `first` (what recovery asked for), then handle facts until the move has ended; returns its report."""
+        listener = asyncio.create_task(self._listen())
+        try:
+            await self._perform_all(first)
+            while self.final is None:
+                fact = await self._facts.get()
+                before = self.state
+                self.state, effects = self.machine.step(before, fact)
+                self._tell(fact, before, effects)
+                await self._perform_all(effects)
+                await self._notify()
+            return self.final
+        finally:
+            listener.cancel()
+            for timer in self._timers.values():
+                timer.cancel()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(listener, *self._tasks, return_exceptions=True)
+            self.ended.set()
+            await self._notify()
+
+    def report(self) -> MoveReport:
+        """Return the move as it stands now."""
+        return self.final or self.machine.report(self.state, self._clock.monotonic_ms())
+
+    async def changes(self) -> AsyncIterator[MoveReport]:
+        """Yield the report now and after each change, the last one when the move has ended."""
+        while True:
+            report = self.report()
+            yield report
+            if report.outcome is not Outcome.RUNNING:
+                return
+            async with self._changed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await self._changed.wait()
+
+    async def _perform_all(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            await self._perform(effect)
+
+    async def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Journal(durable=durable):
+                state = msgspec.msgpack.encode(self.state)
+                self._journal.write(self.state.move_id, self.machine.role, state, durable=durable)
+            case Send(message=message):
+                if self.link is not None:
+                    self.link.send(message)
+            case SetTimer(name=name, after_s=after_s):
+                self._clear_timer(name)
+                self._timers[name] = asyncio.get_running_loop().call_later(after_s, self._fire, name)
+            case ClearTimer(name=name):
+                self._clear_timer(name)
+            case NeedOperator(error=error):
+                self._log.error("the move needs the operator", error=error.message, todo=error.todo)
+            case Finish(report=report):
+                await self._finish(report)
+            case _:
+                task = asyncio.create_task(self._answer(effect), name=type(effect).__name__)
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, effect: Effect) -> None:
+        name = type(effect).__name__
+        try:
+            fact = await self.machine.performer(effect)()
+        except KvmhvError as error:
+            self._log.warning("effect failed", effect=name, error=str(error))
+            fact = facts.Failed(at_ms=self._clock.monotonic_ms(), effect=name, error=error.body())
+        except Exception as error:
+            self._log.exception("effect broke", effect=name)
+            body = HostError("internal", f"{name}: {error!r}", "see the agent's log").body()
+            fact = facts.Failed(at_ms=self._clock.monotonic_ms(), effect=name, error=body)
+        if fact is not None:
+            self.put(fact)
+
+    async def _finish(self, report: MoveReport) -> None:
+        pending = [task for task in self._tasks if task.get_name() == "Cont"]
+        if pending:
+            await asyncio.wait(pending, timeout=FINISH_WAIT_S)
+        report = msgspec.structs.replace(report, ended_at=self._clock.wall_s())
+        self._journal.end(self.state.move_id, self.machine.role, msgspec.json.encode(report))
+        self.final = report
+
+    # --- QEMU's events, timers, watchers
+
+    async def _listen(self) -> None:
+        while True:
+            event = await self._events.get()
+            try:
+                fact = await self.machine.hear(event)
+            except KvmhvError as error:
+                self._log.warning("event not understood", qemu_event=event.name, error=str(error))
+                continue
+            if fact is not None:
+                self.put(fact)
+
+    def _fire(self, name: str) -> None:
+        self._timers.pop(name, None)
+        self.put(facts.TimerFired(at_ms=self._clock.monotonic_ms(), name=name))
+
+    def _clear_timer(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _tell(self, fact: facts.Fact, before: State, effects: list[Effect]) -> None:
+        name = type(fact.message if isinstance(fact, facts.Received) else fact).__name__
+        if before.step != self.state.step:
+            self._log.info("step", fact=name, left=str(before.step), entered=str(self.state.step))
+        self._log.debug("fact", fact=name, step=str(self.state.step), effects=[type(e).__name__ for e in effects])

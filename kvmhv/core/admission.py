@@ -1,0 +1,72 @@
+"""May this move begin, as far as this host's settings go? Each side asks for itself, before it allocates anything."""
+
+import ipaddress
+
+from kvmhv.model import HostSettings, Refusal, Struct
+
+
+class Load(Struct, frozen=True, kw_only=True):
+    """The moves that this host takes part in right now."""
+
+    moves_out: int
+    moves_in: int
+    storage_copies: int
+
+
+def admit_out(settings: HostSettings, host: str, load: Load, *, with_storage: bool) -> Refusal | None:
+    """Return why this host does not let another VM out now, None if it does."""
+    if not settings.enabled:
+        return _switched_off(host)
+    if load.moves_out >= settings.moves_out:
+        return _limit(host, "migration.moves_out", "outgoing moves", load.moves_out, settings.moves_out)
+    return _storage(settings, host, load) if with_storage else None
+
+
+def admit_in(
+    settings: HostSettings, host: str, load: Load, *, source: str, source_ip: str, with_storage: bool
+) -> Refusal | None:
+    """Return why this host does not let another VM in now, None if it does."""
+    if not settings.enabled:
+        return _switched_off(host)
+    if settings.sources and not _allowed(source_ip, settings.sources):
+        return Refusal(
+            code="source-not-allowed",
+            host=host,
+            setting="migration.sources",
+            text=f"{host} lets VMs in from {', '.join(settings.sources)} only, and {source} comes from {source_ip}",
+        )
+    if load.moves_in >= settings.moves_in:
+        return _limit(host, "migration.moves_in", "incoming moves", load.moves_in, settings.moves_in)
+    return _storage(settings, host, load) if with_storage else None
+
+
+def _storage(settings: HostSettings, host: str, load: Load) -> Refusal | None:
+    if load.storage_copies < settings.storage_copies:
+        return None
+    what = "moves that copy disks"
+    return _limit(host, "migration.storage_copies", what, load.storage_copies, settings.storage_copies)
+
+
+def _allowed(ip: str, sources: tuple[str, ...]) -> bool:
+    address = ipaddress.ip_address(ip)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return any(address in ipaddress.ip_network(source) for source in sources)
+
+
+def _switched_off(host: str) -> Refusal:
+    return Refusal(
+        code="migration-disabled",
+        host=host,
+        setting="migration.enabled",
+        text=f"live migration is switched off on {host} (migration.enabled=false)",
+    )
+
+
+def _limit(host: str, setting: str, what: str, now: int, limit: int) -> Refusal:
+    return Refusal(
+        code="limit-reached",
+        host=host,
+        setting=setting,
+        text=f"{host} has {now} {what} and allows {limit} ({setting})",
+    )
