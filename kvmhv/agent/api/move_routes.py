@@ -1,0 +1,167 @@
+"""Routes of moves: check, start, list, watch, cancel."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import msgspec
+from aiohttp import web
+
+from kvmhv.agent.api.route import Call, Route
+from kvmhv.agent.api.services import CheckReport, Services
+from kvmhv.errors import CallerError, KvmhvError
+from kvmhv.model import MoveReport, MoveRequest
+
+EVENT_INTERVAL_S = 0.1
+"""Reports that come faster are skipped but for the newest; the last one is never skipped."""
+HEARTBEAT_S = 5.0
+
+
+async def check(api: Services, call: Call) -> CheckReport:
+    """Answer POST /v1/vms/{name}/check."""
+    return await api.moves.check(_request(call), call.who())
+
+
+async def start(api: Services, call: Call) -> MoveReport:
+    """Answer POST /v1/vms/{name}/move."""
+    return await api.moves.start(_request(call), call.who())
+
+
+async def list_moves(api: Services, call: Call) -> tuple[MoveReport, ...]:
+    """Answer GET /v1/moves."""
+    return await api.moves.list()
+
+
+async def show(api: Services, call: Call) -> MoveReport:
+    """Answer GET /v1/moves/{id}."""
+    return await api.moves.show(await _move_id(api, call))
+
+
+async def cancel(api: Services, call: Call) -> MoveReport:
+    """Answer POST /v1/moves/{id}/cancel."""
+    return await api.moves.cancel(await _move_id(api, call))
+
+
+async def events(api: Services, call: Call) -> web.StreamResponse:
+    """Answer GET /v1/moves/{id}/events: a MoveReport for each change, until the move has ended."""
+    reports = api.moves.watch(await _move_id(api, call))
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
+    await response.prepare(call.request)
+    with contextlib.suppress(ConnectionError):  # the watcher went away: nothing to tell anybody
+        async for event in paced(reports, EVENT_INTERVAL_S, HEARTBEAT_S):
+            await response.write(event)
+        await response.write_eof()
+    return response
+
+
+async def paced(reports: AsyncIterator[MoveReport], interval_s: float, heartbeat_s: float) -> AsyncIterator[bytes]:
+    """Turn reports into server-sent events: the newest at most once per interval, a comment when nothing happens.
+
+    Ends after the last report; an error of the source becomes an event `error`.
+    """
+    newest: MoveReport | None = None
+    failure: KvmhvError | None = None
+    fresh = asyncio.Event()
+
+    async def read() -> None:
+        nonlocal newest, failure
+        try:
+            async for report in reports:
+                newest = report
+                fresh.set()
+        except KvmhvError as error:
+            failure = error
+
+    reader = asyncio.create_task(read())
+    reader.add_done_callback(lambda _: fresh.set())
+    try:
+        ended = False
+        while not ended:
+            try:
+                async with asyncio.timeout(heartbeat_s):
+                    await fresh.wait()
+            except TimeoutError:
+                yield b": still there\n\n"
+                continue
+            ended = reader.done()
+            fresh.clear()
+            report, newest = newest, None
+            if report is not None:
+                yield b"event: move\ndata: " + msgspec.json.encode(report) + b"\n\n"
+            if not ended:
+                await asyncio.sleep(interval_s)
+        if failure is not None:
+            yield b"event: error\ndata: " + msgspec.json.encode(failure.body()) + b"\n\n"
+    finally:
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+
+
+def _request(call: Call) -> MoveRequest:
+    body: MoveRequest = call.body
+    if body.vm != call.path("name"):
+        raise CallerError("request-invalid", f"the path names VM {call.path('name')!r}, the body {body.vm!r}")
+    return body
+
+
+async def _move_id(api: Services, call: Call) -> str:
+    """Return the whole id of the move that the path names by a prefix of it."""
+    prefix = call.path("id")
+    found = {report.id for report in await api.moves.list() if report.id.startswith(prefix)}
+    if prefix in found:
+        return prefix
+    if not found:
+        raise CallerError("move-unknown", f"there is no move {prefix!r}", "see `kvmhv move list`", http_status=404)
+    if len(found) > 1:
+        raise CallerError("move-ambiguous", f"{len(found)} moves begin with {prefix!r}", "give more of the id")
+    return found.pop()
+
+
+MOVE_ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/vms/{name}/check",
+        doc="Check a move: all findings, and the plan. Changes nothing.",
+        handler=check,
+        request=MoveRequest,
+        response=CheckReport,
+    ),
+    Route(
+        method="POST",
+        path="/v1/vms/{name}/move",
+        doc="Begin a move.",
+        handler=start,
+        request=MoveRequest,
+        response=MoveReport,
+        status=202,
+    ),
+    Route(
+        method="GET",
+        path="/v1/moves",
+        doc="Moves that run and moves that ended, out and in.",
+        handler=list_moves,
+        response=tuple[MoveReport, ...],
+    ),
+    Route(
+        method="GET",
+        path="/v1/moves/{id}",
+        doc="One move; a prefix of the id is enough.",
+        handler=show,
+        response=MoveReport,
+    ),
+    Route(
+        method="POST",
+        path="/v1/moves/{id}/cancel",
+        doc="Ask a move to end; the answer says how it ended.",
+        handler=cancel,
+        response=MoveReport,
+    ),
+    Route(
+        method="GET",
+        path="/v1/moves/{id}/events",
+        doc="Server-sent events `move`: a MoveReport for each change, ten a second at most, until the move has ended.",
+        handler=events,
+        media="text/event-stream",
+    ),
+)

@@ -1,0 +1,152 @@
+"""What the API needs of the rest of the agent: a Protocol for each, and one record that holds them all."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kvmhv.agent.api.host_view import HostView
+from kvmhv.agent.api.trusting import Trusting
+from kvmhv.agent.metrics import Metrics
+from kvmhv.agent.settings import Settings
+from kvmhv.config import Config
+from kvmhv.drivers.auth.tokens import Tokens
+from kvmhv.drivers.peer import Peer
+from kvmhv.model import (
+    DiskFormat,
+    Finding,
+    Image,
+    MoveReport,
+    MoveRequest,
+    Plan,
+    Problem,
+    Struct,
+    VmDetails,
+    VmSpec,
+    VmSummary,
+)
+from kvmhv.ports import PeerConnection
+
+
+class CheckReport(Struct, frozen=True, kw_only=True):
+    """`vm check` and `vm move --dry-run`: every finding at once, and the plan if nothing forbids the move."""
+
+    findings: tuple[Finding, ...]
+    plan: Plan | None = None
+
+
+class Vms(Protocol):
+    """The VMs of this host. Raises CallerError `vm-unknown` (404), `vm-exists` (409), ... as its methods say."""
+
+    async def create(self, spec: VmSpec) -> VmDetails:
+        """Define a VM and make its disks."""
+        ...
+
+    async def start(self, name: str) -> VmDetails:
+        """Start it; no error if it runs."""
+        ...
+
+    async def stop(self, name: str, *, force: bool, timeout_s: float | None) -> VmDetails:
+        """Stop it by ACPI, then (or at once) by force."""
+        ...
+
+    async def remove(self, name: str, *, keep_disks: bool) -> None:
+        """Forget it and remove its disks."""
+        ...
+
+    async def list(self) -> tuple[VmSummary, ...]:
+        """Return all VMs by name."""
+        ...
+
+    async def show(self, name: str) -> VmDetails:
+        """Return one VM."""
+        ...
+
+    async def console_socket(self, name: str) -> Path:
+        """Return the UNIX socket of the running VM's serial console."""
+        ...
+
+
+class Images(Protocol):
+    """The imported images of this host."""
+
+    async def store(
+        self,
+        name: str,
+        part: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        append: str | None,
+        format: DiskFormat | None,  # noqa: A002 - the word of the CLI and of the API
+    ) -> Image:
+        """Keep an uploaded part (`kernel`, `initrd` or `disk`); a part that is there is replaced."""
+        ...
+
+    async def list(self) -> tuple[Image, ...]:
+        """Return all images by name."""
+        ...
+
+    async def remove(self, name: str) -> None:
+        """Remove an image with all its parts."""
+        ...
+
+
+class Moves(Protocol):
+    """The moves of this host, out and in."""
+
+    async def check(self, request: MoveRequest, caller: str) -> CheckReport:
+        """Check a move and plan it; changes nothing."""
+        ...
+
+    async def start(self, request: MoveRequest, caller: str) -> MoveReport:
+        """Begin a move; returns when it is admitted."""
+        ...
+
+    async def list(self) -> tuple[MoveReport, ...]:
+        """Return the moves that run and the ended ones that are kept, the newest last."""
+        ...
+
+    async def show(self, move_id: str) -> MoveReport:
+        """Return one move."""
+        ...
+
+    async def cancel(self, move_id: str) -> MoveReport:
+        """Ask a move to end; returns how it ended."""
+        ...
+
+    def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
+        """Yield the report now and after each change; ends after the report of the end."""
+        ...
+
+    async def serve_peer(self, connection: PeerConnection) -> None:
+        """Serve another agent's connection for one move; returns when it ends."""
+        ...
+
+    async def receive_file(self, peer_name: str, move_id: str, name: str, chunks: AsyncIterator[bytes]) -> None:
+        """Keep a file that belongs to the VM of an incoming move of that peer."""
+        ...
+
+
+class Doctor(Protocol):
+    """What on this host would keep VMs from running or moving."""
+
+    async def problems(self) -> tuple[Problem, ...]:
+        """Look, and return every problem at once."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """Everything that a route may use."""
+
+    config: Config
+    settings: Settings
+    host: HostView
+    trusting: Trusting
+    tokens: Tokens
+    peer: Peer
+    metrics: Metrics
+    vms: Vms
+    images: Images
+    moves: Moves
+    doctor: Doctor
