@@ -33,13 +33,17 @@ class Address:
 
     def __str__(self) -> str:
         """For people: the socket or the URL."""
-        return str(self.socket) if self.server is None else f"https://{self.server[0]}:{self.server[1]}"
+        if self.server is None:
+            return str(self.socket)
+        name, port = self.server
+        return f"https://[{name}]:{port}" if ":" in name else f"https://{name}:{port}"
 
 
 def find(host: str | None) -> Address:
     """Return the address for `--host`.
 
-    Raises CallerError `host-url-invalid` or `fingerprint-invalid`; whether an agent is there shows when it is asked.
+    Raises CallerError `host-url-invalid`, `token-invalid` or `fingerprint-invalid`; whether an agent is there shows
+    when it is asked.
     """
     if host is not None and "://" in host:
         return _from_url(host)
@@ -77,9 +81,20 @@ def _from_url(url: str) -> Address:
     return Address(
         host=server[0],
         server=server,
-        token=os.environ.get("KVMHV_TOKEN") or None,
+        token=_token(os.environ.get("KVMHV_TOKEN", "")),
         fingerprint=_fingerprint(os.environ.get("KVMHV_FINGERPRINT", "")),
     )
+
+
+def _token(text: str) -> str | None:
+    plain = text.strip()
+    if plain and not re.fullmatch(r"[\x21-\x7e]+", plain):
+        raise CallerError(
+            "token-invalid",
+            "KVMHV_TOKEN has characters that no token has",
+            "copy what `kvmhv host token create` printed",
+        )
+    return plain or None
 
 
 def _fingerprint(text: str) -> str | None:

@@ -113,7 +113,7 @@ class Agent:
 
         Raises what the agent answers, or AgentGone.
         """
-        data = None if body is None else msgspec.json.encode(body)
+        data = None if body is None else _json(body)
         headers = {"Content-Type": "application/json"} if data is not None else {}
         with closing(_Connection(self.address, timeout_s)) as connection:
             response = self._exchange(connection, method, path, data, headers)
@@ -189,7 +189,7 @@ class Agent:
                 "set KVMHV_FINGERPRINT to the fingerprint that `kvmhv host show` prints on that host",
                 host=self.address.host,
             ) from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter: a name that cannot be looked up
             raise self._unreachable(error) from error
         try:
             # An agent that refuses an upload answers and closes before it has read all of it: the answer counts.
@@ -241,7 +241,7 @@ class Agent:
             text = f"the agent at {self.address} answered HTTP {status}: {said or 'nothing more'}"
             return kind("agent-answer", text, "see the agent's log: journalctl -u kvmhv", host=self.address.host)
 
-    def _unreachable(self, error: OSError) -> AgentGone:
+    def _unreachable(self, error: Exception) -> AgentGone:
         if isinstance(error, PermissionError):
             todo = "run it as root or as a member of the group kvmhv"
         elif self.address.server is not None:
@@ -258,18 +258,27 @@ class Agent:
         return AgentGone(code, f"the agent at {self.address} {text}", todo, host=self.address.host)
 
 
+def _json(body: object) -> bytes:
+    try:
+        return msgspec.json.encode(body)
+    except UnicodeEncodeError as error:
+        raise CallerError("request-invalid", f"what was given is not valid Unicode: {error}", "write UTF-8") from None
+
+
 def _why(error: Exception) -> str:
     strerror = getattr(error, "strerror", None)
     return str(strerror or error or type(error).__name__)
 
 
 def _chunks(file: BinaryIO, size_bytes: int, sent: Callable[[int], None]) -> Iterator[bytes]:
-    """Exactly as many bytes as were announced; a file that shrank meanwhile ends the connection early."""
+    """Exactly as many bytes as were announced."""
     left = size_bytes
     while left and (chunk := file.read(min(CHUNK_BYTES, left))):
         left -= len(chunk)
         yield chunk
         sent(len(chunk))
+    if left:
+        raise CallerError("file-changed", "the file became shorter while it was sent", "send it again when it rests")
 
 
 def file_size(path: Path) -> int:

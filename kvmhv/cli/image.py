@@ -26,7 +26,9 @@ def image() -> None:
 @click.option("--initrd", type=FILE, help="Its initial RAM disk.")
 @click.option("--append", metavar="TEXT", help="The kernel's command line.")
 @click.option("--disk", type=FILE, help="A disk image.")
-@click.option("--format", "disk_format", type=click.Choice([*DiskFormat]), help="The disk's; default: found out.")
+@click.option(
+    "--format", "disk_format", type=click.Choice([str(it) for it in DiskFormat]), help="The disk's; default: found out."
+)
 @json_option
 @click.pass_obj
 def import_image(
@@ -36,7 +38,7 @@ def import_image(
     initrd: Path | None,
     append: str | None,
     disk: Path | None,
-    disk_format: DiskFormat | None,
+    disk_format: str | None,
 ) -> None:
     """Upload files of this machine to the agent as image NAME."""
     if kernel is None and disk is None:
@@ -48,7 +50,7 @@ def import_image(
     wanted = [
         ("kernel", kernel, {} if append is None else {"append": append}),
         ("initrd", initrd, {}),
-        ("disk", disk, {} if disk_format is None else {"format": str(disk_format)}),
+        ("disk", disk, {} if disk_format is None else {"format": disk_format}),
     ]
     files = [(part, file, file_size(file), query) for part, file, query in wanted if file is not None]
     agent = session.agent()

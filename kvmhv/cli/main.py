@@ -1,6 +1,7 @@
 """`kvmhv`: the root command, and the one place where an error becomes a message and an exit status."""
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def run() -> NoReturn:
     """Entry point of the program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names come from elsewhere, terminals know less than Unicode
     sys.exit(main(sys.argv[1:]))
 
 

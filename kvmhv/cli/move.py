@@ -65,7 +65,7 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
 @click.command("move")
 @click.argument("name", type=VM)
 @_destination
-@click.option("--max-passes", type=click.IntRange(min=1), metavar="N", help="Switch over after N complete passes.")
+@click.option("--max-passes", type=click.IntRange(1, 10**6), metavar="N", help="Switch over after N complete passes.")
 @click.option("--threshold", type=Size(), metavar="SIZE", help="Switch over when no more than this remains.")
 @click.option("--bandwidth", type=Rate(), metavar="RATE", help="At most so fast: 100M (bytes per second) or 800mbit.")
 @click.option("--no-wait", is_flag=True, help="Only start the move.")
@@ -100,7 +100,11 @@ def move_vm(
     if dry_run:
         return _check(session, request, with_plan=True)
     agent = session.agent()
-    begun = agent.call("POST", f"vms/{segment(name)}/move", MoveReport, body=request, timeout_s=CHECK_TIMEOUT_S)
+    try:
+        begun = agent.call("POST", f"vms/{segment(name)}/move", MoveReport, body=request, timeout_s=CHECK_TIMEOUT_S)
+    except KeyboardInterrupt:
+        output.note("whether the move has begun is not known; see: kvmhv move list")
+        raise
     if no_wait:
         session.answer(
             begun, lambda: output.say(f"move {begun.id} has begun; see it with: kvmhv move watch {begun.id}")

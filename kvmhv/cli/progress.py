@@ -75,8 +75,8 @@ def news(old: MoveReport | None, new: MoveReport) -> list[str]:
     lines: list[tuple[float, str]] = []
     if old is None:
         lines.append((-1, f"move {new.id}: {new.vm} from {new.source} to {new.target}"))
-    known = _begun(old)
-    lines += [(PHASES.index(phase), f"phase {phase}") for phase in _begun(new) if phase not in known]
+    reached = -1 if old is None else PHASES.index(old.phase)
+    lines += [(PHASES.index(phase), f"phase {phase}") for phase in _begun(new) if PHASES.index(phase) > reached]
     lines += _storage_news(old, new)
     after_memory = PHASES.index(Phase.MEMORY) + 0.5
     for done in new.passes[len(old.passes) if old else 0 :]:
@@ -89,9 +89,7 @@ def news(old: MoveReport | None, new: MoveReport) -> list[str]:
     return [text for _, text in sorted(lines, key=lambda line: line[0])]
 
 
-def _begun(report: MoveReport | None) -> list[Phase]:
-    if report is None:
-        return []
+def _begun(report: MoveReport) -> list[Phase]:
     ended = {done.phase for done in report.phases}
     return [phase for phase in PHASES if phase in ended or phase is report.phase]
 
@@ -156,7 +154,7 @@ def _display() -> Iterator[View]:
     from rich.live import Live  # noqa: PLC0415
 
     # No thread of its own: the agent's reports come several times a second.
-    with Live(console=Console(), auto_refresh=False) as live:
+    with Live(console=Console(), auto_refresh=False, transient=True) as live:
         yield Display(lambda drawn: live.update(drawn, refresh=True), live.console.print)
 
 

@@ -14,7 +14,7 @@ from kvmhv.cli.connection import Agent
 from kvmhv.cli.move import check, move_vm
 from kvmhv.cli.parameters import IMAGE, NEW, VM, DiskText, Size
 from kvmhv.cli.session import Session, json_option
-from kvmhv.model import Disk, DiskSpec, Nic, VmDetails, VmSpec, VmSummary
+from kvmhv.model import CPUS_MAX, Disk, DiskSpec, Nic, VmDetails, VmSpec, VmSummary
 
 CREATE_TIMEOUT_S = 3600.0
 """Disks made of images are copied before the answer comes."""
@@ -39,7 +39,7 @@ def _details(agent: Agent, name: str) -> VmDetails:
 @vm.command()
 @click.argument("name", type=NEW)
 @click.option("--memory", type=Size(), required=True, metavar="SIZE", help="The guest's memory, e.g. 256M.")
-@click.option("--cpus", type=int, default=1, show_default=True, help="Virtual CPUs.")
+@click.option("--cpus", type=click.IntRange(1, CPUS_MAX), default=1, show_default=True, help="Virtual CPUs.")
 @click.option(
     "--disk",
     "disks",
