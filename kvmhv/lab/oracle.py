@@ -2,8 +2,8 @@
 
 The guest writes numbered, checksummed records into slots of 4096 bytes and acknowledges each when it is on the
 disk. The disk of a stopped VM is right if each slot holds what was acknowledged last for it, or a later record whose
-acknowledgement was still on its way. Zeros bear no number, so the guest announces them: `will-zeros`, `will-discard`. Each boot
-begins with a `start`, so that the boots of all records are known.
+acknowledgement was still on its way. Zeros bear no number, so the guest announces them: `will-zeros`,
+`will-discard`. Each boot begins with a `start`, so that the boots of all records are known.
 
     python -m kvmhv.lab.oracle --acks FILE --image FILE --format raw|qcow2 [--disk vda] [--base FILE]
 
