@@ -33,7 +33,7 @@ class RunState(Struct, frozen=True, kw_only=True):
     migration: str = ""
     """Status of query-migrate: empty, setup, active, pre-switchover, device, completed, failed, cancelled, ..."""
     ever_ran: bool = False
-    """It runs or was seen to run as the only copy (not `-incoming` any more)."""
+    """The guest runs or may have run in this process. False only if it is incoming and `cont` was never sent to it."""
     accel: Accel | None = None
     qemu_version: str = ""
     pid: int | None = None
@@ -88,10 +88,17 @@ class Hypervisor(Protocol):
         ...
 
     # a VM's life
-    async def start(self, vm: Vm, disk_paths: dict[str, tuple[Path, ...]], taps: dict[str, str]) -> None:
+    async def start(
+        self,
+        vm: Vm,
+        disk_paths: dict[str, tuple[Path, ...]],
+        taps: dict[str, str],
+        kernel_paths: tuple[Path, Path | None] | None = None,
+    ) -> None:
         """Start the VM running. `disk_paths`: files of each disk's layers, top first; `taps`: each nic's tap.
 
-        Raises HostError `qemu-start` with QEMU's own words; then no process is left.
+        `kernel_paths`: kernel and initrd of a VM with direct kernel boot. Raises HostError `qemu-start` with QEMU's own
+        words; then no process is left.
         """
         ...
 
@@ -100,7 +107,10 @@ class Hypervisor(Protocol):
         ...
 
     async def kill(self, vm_id: str) -> None:
-        """End the process (`quit`, then SIGKILL) and wait until it is gone; no error if it is."""
+        """End the process (`quit`, then SIGKILL), wait until it is gone and remove its directory; no error if it is.
+
+        Its logs are kept aside. Raises HostError `qemu-unkillable` when it hangs in the kernel.
+        """
         ...
 
     async def wait_gone(self, vm_id: str, timeout_s: float) -> bool:
@@ -120,7 +130,11 @@ class Hypervisor(Protocol):
         ...
 
     def on_event(self, sink: EventSink) -> None:
-        """Every event of every VM's QEMU goes to `sink`, also the pseudo event GONE when a process ends."""
+        """Every event of every VM's QEMU goes to `sink`, also the pseudo event GONE when a process ends.
+
+        GONE's data: `exit_status` (None when not known: the process was another agent's child), `shutdown` (the data
+        of QEMU's SHUTDOWN event, None if there was none: it crashed or was killed), `log` (QEMU's last words).
+        """
         ...
 
     def console_socket(self, vm_id: str) -> Path:
@@ -140,8 +154,13 @@ class Hypervisor(Protocol):
         plan: Plan,
         psk_hex: str,
         export_disks: tuple[str, ...],
+        kernel_paths: tuple[Path, Path | None] | None = None,
     ) -> IncomingAddress:
-        """Start QEMU with `-incoming defer -S`, listening on plan.target_address under TLS-PSK; export disks by NBD."""
+        """Start QEMU with `-incoming defer -S`, listening on plan.target_address under TLS-PSK; export disks by NBD.
+
+        Both ports are of the configuration's `migration_ports`. After a failure no process is left. A layer of a disk
+        that travels must exist here with the source layer's own virtual size.
+        """
         ...
 
     async def unexport(self, vm_id: str) -> None:
@@ -150,11 +169,17 @@ class Hypervisor(Protocol):
 
     # source of a move
     async def mirror(self, vm: Vm, plan: Plan, address: IncomingAddress, psk_hex: str) -> None:
-        """Begin to mirror every disk of the plan (copy-mode write-blocking); returns when the jobs run."""
+        """Begin to copy every disk of the plan: backing layers as they are, the top mirrored (write-blocking).
+
+        Returns when the first jobs run; what fails later is in `mirror_stats`. Raises HostError `mirror-failed`.
+        """
         ...
 
     async def mirror_stats(self, vm_id: str) -> tuple[MirrorStats, ...]:
-        """Progress of each mirror; a job that ended with an error has it in `error`."""
+        """Progress of each disk over all its layers; what ended with an error has it in `error`.
+
+        `ready` is the top's: from then on writes go to both sides.
+        """
         ...
 
     async def finish_mirrors(self, vm_id: str) -> None:

@@ -1,0 +1,356 @@
+"""Disks of a move over QMP: exports at the target, mirrors at the source.
+
+How one disk travels. Its backing layers are read only at the source: each is copied as it is, the lowest first, by a
+job that reads a second node over the same file (`copy-disk0-b1`) and writes the export of the same name. Then the top
+is mirrored with sync=top, and every write of the guest goes to both sides. This order matters: a write to the target's
+top may have to fill a cluster up from the layer below, which must be there by then.
+
+Names: node `target-disk0` (the target's export seen from the source), job `mirror-disk0` (top), job `layer-disk0-b1`.
+Jobs are kept after their end (auto-dismiss off), so how one ended is never lost with an event.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmhv.drivers.qemu.graph import Node, file_node, layer_node
+from kvmhv.drivers.qemu.keys import TLS_OBJECT
+from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLost, QmpRefused
+from kvmhv.drivers.qemu.rundir import VmDir
+from kvmhv.errors import HostError, KvmhvError
+from kvmhv.model import DiskCopy, DiskFormat, Plan
+from kvmhv.ports import MirrorStats
+
+MIRROR = "mirror-"
+LAYER = "layer-"
+TARGET = "target-"
+COPY = "copy-"
+POLL_S = 0.1
+NODE_NAME_MAX = 31
+
+
+def layers_arriving(copy: DiskCopy) -> int:
+    """Return how many of a disk's layers travel, from the top: target layers beyond them are there already."""
+    return len(copy.source_layers)
+
+
+# --- target -------------------------------------------------------------------------------------------------------
+
+
+async def export(qmp: Qmp, ip: str, ports: tuple[int, int], nodes: list[str]) -> int:
+    """Export nodes for writing by NBD under the key; returns the port, one of `ports`.
+
+    Raises HostError `no-port` when all are in use.
+    """
+    for port in range(ports[0], ports[1] + 1):
+        try:
+            await qmp.execute(
+                "nbd-server-start",
+                {"addr": {"type": "inet", "data": {"host": ip, "port": str(port)}}, "tls-creds": TLS_OBJECT},
+            )
+        except QmpRefused as error:
+            if "in use" not in error.description:
+                raise
+            continue
+        for node in nodes:
+            await qmp.execute(
+                "block-export-add",
+                {"type": "nbd", "id": f"export-{node}", "node-name": node, "name": node, "writable": True},
+            )
+        return port
+    raise HostError("no-port", f"no port of {ports[0]}-{ports[1]} is free on {ip}", "widen migration_ports")
+
+
+async def unexport(qmp: Qmp) -> None:
+    """End the NBD server and with it every export and connection; no error if there is none."""
+    try:
+        await qmp.execute("nbd-server-stop")
+    except QmpRefused as error:
+        if "not running" not in error.description:
+            raise
+
+
+def remember_sealing(directory: VmDir, nodes: list[Node]) -> None:
+    """Keep which nodes `seal` has to make read only, for an agent that is restarted before it can."""
+    sealed = [{**node, "read-only": True} for node in nodes]
+    (directory.path / "seal.json").write_text(json.dumps(sealed))
+
+
+async def seal(qmp: Qmp, directory: VmDir) -> None:
+    """Make the backing layers that a move wrote read only, as they are on any other day; no error if done before."""
+    file = directory.path / "seal.json"
+    if file.exists():
+        nodes = json.loads(file.read_text())
+        if nodes:
+            await qmp.execute("blockdev-reopen", {"options": nodes})
+        file.unlink(missing_ok=True)
+
+
+# --- source -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Layer:
+    """A backing layer's copy."""
+
+    index: int
+    total_bytes: int
+    copied_bytes: int = 0
+
+
+@dataclass
+class _DiskState:
+    """One disk's copy: layers first, then the top's mirror."""
+
+    copy: DiskCopy
+    layers: list[_Layer]
+    mirroring: bool = False
+    error: str = ""
+
+
+@dataclass
+class Mirrors:
+    """The copies of one VM's disks during one move."""
+
+    disks: dict[str, _DiskState] = field(default_factory=dict)
+    tasks: list["asyncio.Task[None]"] = field(default_factory=list)
+
+    async def close(self) -> None:
+        """Stop to go from layer to layer; jobs in QEMU go on."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.tasks.clear()
+
+
+async def begin(qmp: Qmp, plan: Plan, port: int) -> Mirrors:
+    """Begin to copy every disk of the plan; returns when the first jobs run. Raises HostError `mirror-failed`."""
+    mirrors = Mirrors()
+    try:
+        for copy in plan.disk_copies:
+            layers = [_Layer(index, used) for index, used in await _backing_layers(qmp, copy)]
+            state = mirrors.disks[copy.disk] = _DiskState(copy, layers)
+            if layers:
+                task = _copy_disk(qmp, plan, port, state)
+                mirrors.tasks.append(asyncio.create_task(task, name=f"copy {copy.disk}"))
+            else:
+                await _mirror_top(qmp, plan, port, state)
+    except QmpRefused as error:
+        await mirrors.close()
+        raise _failed(error.message) from error
+    return mirrors
+
+
+async def stats(qmp: Qmp, mirrors: Mirrors) -> tuple[MirrorStats, ...]:
+    """Return each disk's progress, over all its layers. Raises HostError when QEMU does not answer."""
+    jobs = await _jobs(qmp)
+    found = []
+    for name, state in mirrors.disks.items():
+        copied = sum(layer.copied_bytes for layer in state.layers)
+        total = sum(max(layer.total_bytes, layer.copied_bytes) for layer in state.layers)
+        top = jobs.get(MIRROR + name)
+        if top is not None:
+            copied += top["current-progress"]
+            total += top["total-progress"]
+        elif not state.mirroring:
+            total += state.copy.used_bytes
+        error = state.error or _job_error(top, state.mirroring)
+        found.append(
+            MirrorStats(
+                disk=name,
+                copied_bytes=copied,
+                total_bytes=total,
+                ready=top is not None and top["status"] == "ready" and not error,
+                error=error,
+            )
+        )
+    return tuple(found)
+
+
+async def finish(qmp: Qmp, disks: tuple[str, ...]) -> None:
+    """End ready mirrors in sync and without pivot, and let the target's exports go. The guest is stopped.
+
+    Raises HostError `mirror-failed`: a mirror was not in sync; the target's image is then of no use.
+    """
+    await asyncio.gather(*(_finish(qmp, MIRROR + disk) for disk in disks))
+    names = [f"{TARGET}{disk}" for disk in disks]
+    await qmp.together(
+        *(("job-dismiss", {"id": MIRROR + disk}) for disk in disks),
+        *(("blockdev-del", {"node-name": name}) for name in names),
+    )
+
+
+async def undo(qmp: Qmp, timeout_s: float) -> None:
+    """End every job of a move by force and remove its nodes; no error for what is not there.
+
+    Raises QmpLost if they do not end in time.
+    """
+    async with asyncio.timeout(timeout_s):
+        for job_id, job in (await _jobs(qmp)).items():
+            await _end_by_force(qmp, job_id, job["status"])
+        names = [node["node-name"] for node in await qmp.execute("query-named-block-nodes", {"flat": True})]
+        # Copies read the files under them, so they go first.
+        for name in sorted(name for name in names if name.startswith((TARGET, COPY))):
+            await qmp.execute("blockdev-del", {"node-name": name})
+
+
+async def used_bytes(qmp: Qmp) -> dict[str, int]:
+    """Return the allocated bytes of each format and file node's image by node name."""
+    nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
+    return {node["node-name"]: node["image"].get("actual-size", 0) for node in nodes}
+
+
+# ---
+
+
+async def _backing_layers(qmp: Qmp, copy: DiskCopy) -> list[tuple[int, int]]:
+    """Return (index, allocated bytes) of the backing layers that travel, the lowest first."""
+    indexes = range(layers_arriving(copy) - 1, 0, -1)
+    if not indexes:
+        return []
+    used = await used_bytes(qmp)
+    return [(index, used.get(layer_node(copy.disk, index), 0)) for index in indexes]
+
+
+async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> None:
+    """Copy the backing layers, the lowest first, then begin the top's mirror; what fails is kept in `state.error`."""
+    try:
+        async with asyncio.timeout(plan.timeouts.storage_s):
+            for layer in state.layers:
+                await _copy_layer(qmp, plan, port, state.copy, layer)
+            await _mirror_top(qmp, plan, port, state)
+    except TimeoutError:
+        state.error = f"not copied in {plan.timeouts.storage_s:g} s"
+    except KvmhvError as error:
+        state.error = error.message
+
+
+async def _copy_layer(qmp: Qmp, plan: Plan, port: int, copy: DiskCopy, layer: _Layer) -> None:
+    name = layer_node(copy.disk, layer.index)
+    source: Node = {
+        "driver": copy.source_layers[layer.index].format.value,
+        "node-name": COPY + name,
+        "file": file_node(copy.disk, layer.index),
+        "read-only": True,
+    }
+    lowest = layer.index + 1 >= len(copy.source_layers)
+    if copy.source_layers[layer.index].format is DiskFormat.QCOW2:
+        source["backing"] = None if lowest else layer_node(copy.disk, layer.index + 1)
+    await qmp.execute("blockdev-add", source)
+    await _add_target(qmp, plan, port, name)
+    job_id = LAYER + name
+    await qmp.execute(
+        "blockdev-mirror",
+        {
+            "job-id": job_id,
+            "device": COPY + name,
+            "target": TARGET + name,
+            "sync": "full" if lowest else "top",
+            "auto-dismiss": False,
+        },
+    )
+    while True:
+        job = (await _jobs(qmp)).get(job_id)
+        error = _job_error(job, started=True)
+        if job is None or error:
+            raise _failed(f"{name}: {error}")
+        layer.copied_bytes, layer.total_bytes = job["current-progress"], job["total-progress"]
+        if job["status"] == "ready":
+            break
+        await asyncio.sleep(POLL_S)
+    await _finish(qmp, job_id)
+    await qmp.together(
+        ("job-dismiss", {"id": job_id}),
+        ("blockdev-del", {"node-name": TARGET + name}),
+        ("blockdev-del", {"node-name": COPY + name}),
+    )
+
+
+async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> None:
+    disk = state.copy.disk
+    await _add_target(qmp, plan, port, disk)
+    await qmp.execute(
+        "blockdev-mirror",
+        {
+            "job-id": MIRROR + disk,
+            "device": disk,
+            "target": TARGET + disk,
+            "sync": "top" if len(state.copy.target_layers) > 1 else "full",
+            "copy-mode": "write-blocking",
+            "auto-dismiss": False,
+        },
+    )
+    state.mirroring = True
+
+
+async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None:
+    assert len(TARGET + export_name) <= NODE_NAME_MAX
+    await qmp.execute(
+        "blockdev-add",
+        {
+            "driver": "nbd",
+            "node-name": TARGET + export_name,
+            "server": {"type": "inet", "host": plan.target_address, "port": str(port)},
+            "export": export_name,
+            "tls-creds": TLS_OBJECT,
+            # Zeroes travel as a request, not as data, and stay holes at the target.
+            "discard": "unmap",
+        },
+    )
+
+
+async def _finish(qmp: Qmp, job_id: str) -> None:
+    """End a ready mirror job in sync; its end is an event, whose name says whether it was in sync."""
+
+    def ended(event: Event) -> bool:
+        return event["event"] in {"BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"} and event["data"]["device"] == job_id
+
+    try:
+        async with qmp.event(ended, f"the end of {job_id}") as wait:
+            await qmp.execute("block-job-cancel", {"device": job_id})
+            event, _ = await wait()
+    except QmpRefused as error:
+        raise _failed(f"{job_id}: {error.description}") from error
+    if event["event"] != "BLOCK_JOB_COMPLETED" or "error" in event["data"]:
+        raise _failed(f"{job_id}: {event['data'].get('error', 'it was not in sync')}")
+
+
+async def _end_by_force(qmp: Qmp, job_id: str, status: str) -> None:
+    while status != "concluded":
+        try:
+            await qmp.execute("block-job-cancel", {"device": job_id, "force": True})
+        except QmpRefused as error:
+            # It is just ending: looked at again below.
+            if "not" not in error.description.lower() and "in use" not in error.description.lower():
+                raise
+        await asyncio.sleep(POLL_S / 5)
+        job = (await _jobs(qmp)).get(job_id)
+        if job is None:
+            return
+        status = job["status"]
+    await qmp.execute("job-dismiss", {"id": job_id})
+
+
+async def _jobs(qmp: Qmp) -> dict[str, dict[str, Any]]:
+    """Return the jobs of moves by id."""
+    return {job["id"]: job for job in await qmp.execute("query-jobs") if job["id"].startswith((MIRROR, LAYER))}
+
+
+def _job_error(job: dict[str, Any] | None, started: bool) -> str:
+    if job is None:
+        return "its job is gone" if started else ""
+    if job["status"] == "concluded":
+        return str(job.get("error", "it ended before its time"))
+    return ""
+
+
+def _failed(text: str) -> HostError:
+    return HostError("mirror-failed", f"copying a disk failed: {text}", "see both VMs' qemu.log; the guest runs on")
+
+
+def lost(error: TimeoutError | QmpLost) -> HostError:
+    """Return the error for jobs that did not end in time."""
+    if isinstance(error, QmpLost):
+        return error
+    return QmpLost("qemu-hangs", "the disks' copies do not end", "end the VM's QEMU by hand")

@@ -1,0 +1,353 @@
+"""`Qemu`: ports.Hypervisor over real QEMU processes."""
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+from kvmhv.config import Config
+from kvmhv.drivers.qemu import argv, blocks, keys, memory, probe, process, rundir
+from kvmhv.drivers.qemu.argv import KernelPaths, Launch
+from kvmhv.drivers.qemu.graph import layer_node, open_layer
+from kvmhv.drivers.qemu.instance import Instance, marks
+from kvmhv.drivers.qemu.qmp import QmpLost, QmpRefused
+from kvmhv.drivers.qemu.rundir import VmDir
+from kvmhv.errors import HostError
+from kvmhv.model import IncomingAddress, Plan, QemuInfo, Vm, VmFacts
+from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
+
+DIRTY_RATE_MS = 200
+DIRTY_RATE_SAMPLE_PAGES = 4096
+DIRTY_RATE_IN_MS_SINCE = (8, 2, 0)
+
+
+class Qemu:
+    """QEMU processes of this host. One agent uses a run_dir at a time; QEMU outlives it and is found again."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        """Remember where things are; nothing is started. Raises HostError `run-dir-long`."""
+        rundir.check_run_path(config.run_path)
+        self._config = config
+        self._clock = clock
+        self._instances: dict[str, Instance] = {}
+        self._sinks: list[EventSink] = []
+        self._adopting: asyncio.Task[None] | None = None
+        self._probed: tuple[tuple[str, int], QemuInfo] | None = None
+        self._accel_reason = "QEMU was not probed yet"
+        self._probing = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Let go of every process and connection; all VMs run on."""
+        for instance in self._instances.values():
+            await instance.close()
+        self._instances.clear()
+
+    # --- the host
+
+    async def probe(self) -> QemuInfo:
+        """Ask the binary what it can do; asked again only when the binary changes."""
+        async with self._probing:
+            binary = probe.find_binary(self._config)
+            key = (str(binary), binary.stat().st_mtime_ns)
+            if self._probed is None or self._probed[0] != key:
+                accel, self._accel_reason = await probe.accelerator(self._config, binary)
+                self._probed = (key, await probe.ask(self._config, self._clock, binary, accel))
+            return self._probed[1]
+
+    def accel_reason(self) -> str:
+        """Why KVM or TCG was chosen by the probe, in words."""
+        return self._accel_reason
+
+    # --- a VM's life
+
+    async def start(
+        self,
+        vm: Vm,
+        disk_paths: dict[str, tuple[Path, ...]],
+        taps: dict[str, str],
+        kernel_paths: KernelPaths | None = None,
+    ) -> None:
+        """Start the VM running; QMP answers when this returns."""
+        await self._launch(await self._plan_launch(vm, disk_paths, taps, kernel_paths))
+
+    async def power_button(self, vm_id: str) -> None:
+        """Press the ACPI power button."""
+        await (await self._instance(vm_id)).qmp.execute("system_powerdown")
+
+    async def kill(self, vm_id: str) -> None:
+        """End the process and remove its directory; its logs stay under run_dir/ended."""
+        await self._adopt()
+        instance = self._instances.get(vm_id)
+        if instance is None:
+            self._directory(vm_id).remove()
+            return
+        await instance.kill()
+        self._instances.pop(vm_id, None)
+
+    async def wait_gone(self, vm_id: str, timeout_s: float) -> bool:
+        """Wait for the process to end by itself; False when it has not in time."""
+        await self._adopt()
+        instance = self._instances.get(vm_id)
+        return instance is None or await instance.process.wait_gone(timeout_s)
+
+    async def state(self, vm_id: str) -> RunState:
+        """Return what the process says now; never raises for a process that hangs or is gone."""
+        await self._adopt()
+        instance = self._instances.get(vm_id)
+        return RunState(process=False) if instance is None else await instance.state()
+
+    async def known(self) -> tuple[str, ...]:
+        """Ids of the VMs that have a live process on this host, also ones that an earlier agent started."""
+        await self._adopt()
+        return tuple(sorted(vm_id for vm_id, instance in self._instances.items() if not instance.process.gone))
+
+    async def cont(self, vm_id: str) -> float:
+        """Let the guest run; returns the monotonic ms at which QEMU's RESUME arrived."""
+        return await (await self._instance(vm_id)).cont()
+
+    def on_event(self, sink: EventSink) -> None:
+        """Every event of every VM's QEMU goes to `sink`, in order, from the event loop; it must return at once."""
+        self._sinks.append(sink)
+
+    def console_socket(self, vm_id: str) -> Path:
+        """UNIX socket of the VM's serial console; one reader at a time."""
+        return self._directory(vm_id).console_socket
+
+    async def facts(self, vm: Vm) -> VmFacts:
+        """Read what the check of a move needs from the running QEMU; takes the time to sample the dirty rate."""
+        instance = await self._instance(vm.id)
+        qmp = instance.qmp
+        status, migration = await qmp.together(("query-status", {}), ("query-migrate", {}))
+        used = await blocks.used_bytes(qmp)
+        return VmFacts(
+            running=bool(status["running"]),
+            qemu_version=qmp.version,
+            accel=instance.accel,
+            memory_used_bytes=min(vm.memory_bytes, process.resident_bytes(instance.process.pid)),
+            dirty_bytes_per_s=await self._dirty_rate(instance) if status["running"] else 0.0,
+            blockers=tuple(migration.get("blocked-reasons", ())),
+            disk_used_bytes={
+                disk.name: sum(used.get(layer_node(disk.name, index), 0) for index in range(len(disk.layers)))
+                for disk in vm.disks
+            },
+        )
+
+    # --- target of a move
+
+    async def start_incoming(
+        self,
+        vm: Vm,
+        disk_paths: dict[str, tuple[Path, ...]],
+        taps: dict[str, str],
+        plan: Plan,
+        psk_hex: str,
+        export_disks: tuple[str, ...],
+        kernel_paths: KernelPaths | None = None,
+    ) -> IncomingAddress:
+        """Start QEMU waiting for the move, listening under the key; after a failure no process is left."""
+        arriving = {copy.disk: blocks.layers_arriving(copy) for copy in plan.disk_copies if copy.disk in export_disks}
+        launch = await self._plan_launch(vm, disk_paths, taps, kernel_paths, incoming=True, arriving=arriving)
+        instance = await self._launch(launch)
+        try:
+            return await self._listen(instance, launch, plan, psk_hex)
+        except BaseException:
+            await asyncio.shield(self.kill(vm.id))
+            raise
+
+    async def unexport(self, vm_id: str) -> None:
+        """End the NBD exports and their server."""
+        await blocks.unexport((await self._instance(vm_id)).qmp)
+
+    # --- source of a move
+
+    async def mirror(self, vm: Vm, plan: Plan, address: IncomingAddress, psk_hex: str) -> None:
+        """Begin to copy every disk of the plan; returns when the first jobs run."""
+        instance = await self._instance(vm.id)
+        if address.disk_port is None:
+            raise HostError("mirror-failed", f"{vm.name}: the target exports no disk", "try the move again")
+        await keys.add(instance.qmp, instance.directory, "client", psk_hex)
+        await instance.mirrors.close()
+        instance.mirrors = await blocks.begin(instance.qmp, plan, address.disk_port)
+
+    async def mirror_stats(self, vm_id: str) -> tuple[MirrorStats, ...]:
+        """Progress of each disk over all its layers."""
+        instance = await self._instance(vm_id)
+        return await blocks.stats(instance.qmp, instance.mirrors)
+
+    async def finish_mirrors(self, vm_id: str) -> None:
+        """End ready mirrors in sync, without pivot. The guest is stopped."""
+        instance = await self._instance(vm_id)
+        await blocks.finish(instance.qmp, tuple(instance.mirrors.disks))
+
+    async def migrate(self, vm: Vm, plan: Plan, address: IncomingAddress, psk_hex: str) -> None:
+        """Begin the memory migration."""
+        instance = await self._instance(vm.id)
+        if not instance.mirrors.disks:
+            await keys.add(instance.qmp, instance.directory, "client", psk_hex)
+        await memory.begin(instance.qmp, plan, address.memory_port)
+
+    async def memory_stats(self, vm_id: str) -> MemoryStats:
+        """Return query-migrate; status `lost` when QMP does not answer in time."""
+        return await memory.stats((await self._instance(vm_id)).qmp)
+
+    async def stop_guest(self, vm_id: str) -> None:
+        """Lift the bandwidth cap, then `stop`."""
+        await memory.stop((await self._instance(vm_id)).qmp)
+
+    async def continue_switchover(self, vm_id: str) -> None:
+        """`migrate-continue` out of pre-switchover."""
+        await (await self._instance(vm_id)).qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    async def undo_source(self, vm_id: str, timeout_s: float) -> str:
+        """Cancel memory and mirrors, remove what the move added; does not `cont`. Also when QMP hangs."""
+        instance = await self._instance(vm_id)
+        qmp = instance.qmp
+        await instance.mirrors.close()
+        status = await memory.cancel(qmp, timeout_s / 2)
+        try:
+            await self._undo_disks(instance, timeout_s / 4)
+        except (TimeoutError, QmpLost):
+            # The target is unreachable and the job waits for it: cut the connection, then it ends.
+            await memory.yank(qmp)
+            try:
+                await self._undo_disks(instance, timeout_s / 4)
+            except (TimeoutError, QmpLost) as error:
+                raise blocks.lost(error) from error
+        instance.mirrors = blocks.Mirrors()
+        await keys.remove_object(qmp)
+        instance.directory.remove_keys()
+        return status
+
+    # ---
+
+    async def _undo_disks(self, instance: Instance, timeout_s: float) -> None:
+        await blocks.undo(instance.qmp, timeout_s)
+
+    def _directory(self, vm_id: str) -> VmDir:
+        return VmDir(self._config.run_path, vm_id)
+
+    def _emit(self, event: QemuEvent) -> None:
+        if event.name == "GONE":
+            self._instances.pop(event.vm_id, None)
+        for sink in self._sinks:
+            sink(event)
+
+    async def _adopt(self) -> None:
+        """Once: find the processes that an earlier agent left running."""
+        if self._adopting is None:
+            self._adopting = asyncio.create_task(self._adopt_now())
+        await asyncio.shield(self._adopting)
+
+    async def _adopt_now(self) -> None:
+        for vm_id in rundir.vm_ids(self._config.run_path):
+            directory = self._directory(vm_id)
+            found = process.find(marks(directory))
+            if found is not None:
+                self._take(directory, found)
+
+    def _take(self, directory: VmDir, found: process.Process) -> Instance:
+        instance = Instance(
+            directory,
+            found,
+            now_ms=self._clock.monotonic_ms,
+            emit=self._emit,
+            timeout_s=self._config.limits.qmp_timeout_s,
+        )
+        self._instances[directory.vm_id] = instance
+        return instance
+
+    async def _instance(self, vm_id: str) -> Instance:
+        await self._adopt()
+        instance = self._instances.get(vm_id)
+        if instance is None:
+            tail = self._directory(vm_id).log_tail()
+            words = f"; QEMU's last words: {tail}" if tail else ""
+            raise HostError("qemu-gone", f"VM {vm_id} has no running QEMU on this host{words}", "start the VM")
+        return instance
+
+    async def _plan_launch(
+        self,
+        vm: Vm,
+        disk_paths: dict[str, tuple[Path, ...]],
+        taps: dict[str, str],
+        kernel_paths: KernelPaths | None,
+        *,
+        incoming: bool = False,
+        arriving: dict[str, int] | None = None,
+    ) -> Launch:
+        info = await self.probe()
+        return Launch(
+            vm=vm,
+            binary=info.binary,
+            accel=info.accel,
+            directory=self._directory(vm.id),
+            disk_paths=disk_paths,
+            taps=taps,
+            kernel_paths=kernel_paths,
+            incoming=incoming,
+            arriving=arriving or {},
+            buffered=frozenset(path for paths in disk_paths.values() for path in paths if not _has_direct(path)),
+        )
+
+    async def _launch(self, launch: Launch) -> Instance:
+        """Start the process and wait for its QMP; after a failure it is gone."""
+        await self._adopt()
+        vm = launch.vm
+        command = argv.build(launch)
+        if vm.id in self._instances:
+            raise HostError("qemu-runs", f"{vm.name} has a QEMU on this host already", "stop it first")
+        launch.directory.make(incoming=launch.incoming)
+        instance = self._take(launch.directory, process.start(command, launch.directory.qemu_log))
+        if await instance.qmp.wait_connected(self._config.limits.qemu_start_s):
+            return instance
+        status, tail = instance.process.exit_status, launch.directory.log_tail()
+        await asyncio.shield(self.kill(vm.id))
+        why = f"ended with status {status}" if status is not None else "does not answer"
+        raise HostError("qemu-start", f"{vm.name}: QEMU {why}: {tail}", "mend what QEMU says and start it again")
+
+    async def _listen(self, instance: Instance, launch: Launch, plan: Plan, psk_hex: str) -> IncomingAddress:
+        qmp, directory = instance.qmp, instance.directory
+        ip, ports = plan.target_address, self._config.migration_ports
+        await keys.add(qmp, directory, "server", psk_hex)
+        await memory.set_capabilities(qmp, plan)
+        nodes, sealed = [], []
+        for disk in launch.vm.disks:
+            for index in range(launch.arriving.get(disk.name, 0)):
+                nodes.append(layer_node(disk.name, index))
+                if index:
+                    buffered = launch.disk_paths[disk.name][index] in launch.buffered
+                    layer = disk.layers[index]
+                    sealed.append(
+                        open_layer(disk.name, index, len(disk.layers), layer.format, read_only=True, buffered=buffered)
+                    )
+        blocks.remember_sealing(directory, sealed)
+        disk_port = await blocks.export(qmp, ip, ports, nodes) if nodes else None
+        return IncomingAddress(memory_port=await memory.listen(qmp, ip, ports), disk_port=disk_port)
+
+    async def _dirty_rate(self, instance: Instance) -> float | None:
+        """Sample pages for a moment; None when QEMU cannot tell."""
+        qmp = instance.qmp
+        fine = qmp.version >= DIRTY_RATE_IN_MS_SINCE
+        arguments: dict[str, object] = {"calc-time": 1, "sample-pages": DIRTY_RATE_SAMPLE_PAGES}
+        if fine:
+            arguments |= {"calc-time": DIRTY_RATE_MS, "calc-time-unit": "millisecond"}
+        wait_s = DIRTY_RATE_MS / 1000 if fine else 1.0
+        try:
+            await qmp.execute("calc-dirty-rate", arguments)
+            for _ in range(20):
+                await asyncio.sleep(wait_s / 4)
+                answer = await qmp.execute("query-dirty-rate")
+                if answer["status"] == "measured":
+                    return float(answer["dirty-rate"]) * 1024 * 1024
+        except QmpRefused:
+            pass
+        return None
+
+
+def _has_direct(path: Path) -> bool:
+    """Whether the file's file system can be used without its page cache (O_DIRECT)."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True

@@ -1,0 +1,83 @@
+"""The block graph of a disk, as pure data: one format node and one file node for each layer.
+
+    disk0 (written) -> disk0-file          node names; the guest's device, the export and the jobs are named after disk0
+      backing: disk0-b1 (read only) -> disk0-b1-file
+        backing: disk0-b2 ...
+
+At the target of a move the layers that are still to be copied are opened for writing (`arriving`); `blocks.seal` makes
+them read only again once the VM runs there.
+"""
+
+from pathlib import Path
+
+from kvmhv.model import Disk, DiskFormat, Layer
+
+Node = dict[str, object]
+
+
+def layer_node(disk: str, index: int) -> str:
+    """Return the format node's name of a disk's layer; 0 is the top."""
+    return disk if index == 0 else f"{disk}-b{index}"
+
+
+def file_node(disk: str, index: int) -> str:
+    """Return the file node's name of a disk's layer."""
+    return f"{layer_node(disk, index)}-file"
+
+
+def open_file(disk: str, index: int, path: Path, *, buffered: bool) -> Node:
+    """Return the file node of a layer: no page cache between guest and storage, flushes passed on.
+
+    `buffered`: the file system cannot do without its page cache (no O_DIRECT). A backing file's descriptor is opened
+    for writing only while something writes (auto-read-only), so several VMs may share it.
+    """
+    node: Node = {
+        "driver": "file",
+        "node-name": file_node(disk, index),
+        "filename": str(path),
+        "aio": "threads",
+        "cache": {"direct": not buffered, "no-flush": False},
+        "discard": "unmap",
+    }
+    if index:
+        node["auto-read-only"] = True
+    return node
+
+
+def open_layer(disk: str, index: int, count: int, image_format: DiskFormat, *, read_only: bool, buffered: bool) -> Node:
+    """Return the format node of a layer of a disk with `count` layers."""
+    node: Node = {
+        "driver": image_format.value,
+        "node-name": layer_node(disk, index),
+        "file": file_node(disk, index),
+        "read-only": read_only,
+        "cache": {"direct": not buffered, "no-flush": False},
+        "discard": "unmap",
+    }
+    if image_format is DiskFormat.QCOW2:
+        node["backing"] = layer_node(disk, index + 1) if index + 1 < count else None
+    return node
+
+
+def disk_nodes(disk: Disk, paths: tuple[Path, ...], *, arriving: int, buffered: frozenset[Path]) -> list[Node]:
+    """Return a disk's nodes in the order in which they must be opened: the last backing file first.
+
+    `arriving`: how many layers, from the top, a move writes here (0 outside a move in).
+    """
+    assert len(paths) == len(disk.layers) >= 1
+    nodes: list[Node] = []
+    for index in reversed(range(len(paths))):
+        layer: Layer = disk.layers[index]
+        without_direct = paths[index] in buffered
+        nodes.append(open_file(disk.name, index, paths[index], buffered=without_direct))
+        nodes.append(
+            open_layer(
+                disk.name,
+                index,
+                len(paths),
+                layer.format,
+                read_only=index >= max(1, arriving),
+                buffered=without_direct,
+            )
+        )
+    return nodes

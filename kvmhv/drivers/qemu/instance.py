@@ -1,0 +1,175 @@
+"""One VM's QEMU on this host: its process, its QMP, its directory, and what the agent does with them all its life."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+
+import msgspec
+
+from kvmhv.drivers.qemu import blocks, keys, process
+from kvmhv.drivers.qemu.argv import qmp_chardev
+from kvmhv.drivers.qemu.process import Process
+from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLog, QmpLost, QmpRefused
+from kvmhv.drivers.qemu.rundir import VmDir
+from kvmhv.errors import HostError, KvmhvError
+from kvmhv.model import Accel
+from kvmhv.ports import QemuEvent, RunState
+
+CONSOLE_LOG_CHECK_S = 5.0
+LAST_EVENTS_S = 1.0
+QUIT_S = 3.0
+KILL_S = 10.0
+STATE_TIMEOUT_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+def marks(directory: VmDir) -> tuple[str, ...]:
+    """Return the arguments by which the VM's process is known among all others."""
+    return ("-uuid", directory.vm_id, qmp_chardev(directory))
+
+
+class Instance:
+    """A QEMU process and everything that belongs to it."""
+
+    def __init__(
+        self,
+        directory: VmDir,
+        found: Process,
+        *,
+        now_ms: Callable[[], float],
+        emit: Callable[[QemuEvent], None],
+        timeout_s: float,
+    ) -> None:
+        """Take a live process over and begin to watch it."""
+        self.directory = directory
+        self.process = found
+        self.mirrors = blocks.Mirrors()
+        argv = process.arguments(found.pid)
+        self.name = _argument(argv, "-name").removeprefix("guest=").split(",")[0] or directory.vm_id
+        self.accel = Accel.KVM if f"accel={Accel.KVM}" in _argument(argv, "-machine") else Accel.TCG
+        self._now_ms = now_ms
+        self._emit = emit
+        self._shutdown: dict[str, object] | None = None
+        self.qmp = Qmp(
+            self.name,
+            found,
+            directory.qmp_socket,
+            QmpLog(directory.qmp_log, now_ms),
+            now_ms=now_ms,
+            deliver=self._deliver,
+            tail=directory.log_tail,
+            timeout_s=timeout_s,
+        )
+        self._settling: asyncio.Task[None] | None = None
+        self._watch = asyncio.create_task(self._watch_process(), name=f"watch {self.name}")
+
+    async def state(self) -> RunState:
+        """Return what QEMU says now; `answers` False when it says nothing in time."""
+        if self.process.gone:
+            return RunState(process=False)
+        state = RunState(process=True, accel=self.accel, pid=self.process.pid, ever_ran=self.may_have_run)
+        try:
+            status, migration = await self.qmp.together(
+                ("query-status", {}), ("query-migrate", {}), timeout_s=STATE_TIMEOUT_S
+            )
+        except (QmpLost, QmpRefused):
+            if self.process.gone:
+                return RunState(process=False)
+            return msgspec.structs.replace(state, answers=False, qemu_version=self._version_text())
+        return msgspec.structs.replace(
+            state,
+            status=status["status"],
+            migration=migration.get("status", ""),
+            ever_ran=self.may_have_run or bool(status["running"]),
+            qemu_version=self._version_text(),
+        )
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether the guest may have run in this process: False only if it is incoming and `cont` was never sent."""
+        return not self.directory.incoming_mark.exists() or self.directory.cont_mark.exists()
+
+    async def cont(self) -> float:
+        """Let the guest run; returns when QEMU's RESUME arrived (now, if it ran already)."""
+        incoming = self.directory.incoming_mark.exists()
+        if incoming:
+            self.directory.cont_mark.touch()
+        if (await self.qmp.execute("query-status"))["running"]:
+            return self._now_ms()
+        async with self.qmp.event(lambda event: event["event"] == "RESUME", "cont") as wait:
+            await self.qmp.execute("cont")
+            _, at_ms = await wait()
+        if incoming:
+            self._settling = asyncio.create_task(self._settle(), name=f"settle {self.name}")
+        return at_ms
+
+    async def _settle(self) -> None:
+        """After a move in: take away what only the move needed. The guest runs already, so a failure is only told."""
+        try:
+            await blocks.unexport(self.qmp)
+            await keys.remove_object(self.qmp)
+            await blocks.seal(self.qmp, self.directory)
+        except KvmhvError as error:
+            log.warning("%s: cleaning up after the move in: %s", self.name, error)
+        finally:
+            self.directory.remove_keys()
+
+    async def kill(self) -> None:
+        """End the process: `quit`, then SIGKILL; it is gone when this returns. Raises HostError `qemu-unkillable`."""
+        if not self.process.gone:
+            with contextlib.suppress(QmpLost, QmpRefused):
+                await self.qmp.execute("quit", timeout_s=QUIT_S)
+            if not await self.process.wait_gone(QUIT_S):
+                self.process.send(signal.SIGKILL)
+            if not await self.process.wait_gone(KILL_S):
+                raise HostError(
+                    "qemu-unkillable",
+                    f"{self.name}: process {self.process.pid} does not end after SIGKILL",
+                    "it hangs in the kernel, on its storage most likely",
+                )
+        await asyncio.wait({self._watch})
+        self.directory.remove()
+
+    async def close(self) -> None:
+        """Let go of the process, which runs on."""
+        for task in (self._watch, self._settling):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await self.mirrors.close()
+        await self.qmp.close()
+        self.process.release()
+
+    # ---
+
+    def _version_text(self) -> str:
+        return ".".join(str(part) for part in self.qmp.version) if any(self.qmp.version) else ""
+
+    def _deliver(self, event: Event, at_ms: float) -> None:
+        data = event.get("data", {})
+        if event["event"] == "SHUTDOWN":
+            self._shutdown = data
+        self._emit(QemuEvent(vm_id=self.directory.vm_id, name=event["event"], data=data, at_ms=at_ms))
+
+    async def _watch_process(self) -> None:
+        """Say GONE when the process has ended and its last events are delivered."""
+        while not await self.process.wait_gone(CONSOLE_LOG_CHECK_S):
+            self.directory.trim_console_log()
+        at_ms = self._now_ms()
+        await self.qmp.drain(LAST_EVENTS_S)
+        await self.qmp.close()
+        await self.mirrors.close()
+        self.directory.remove_keys()
+        data: dict[str, object] = {
+            "exit_status": self.process.exit_status,
+            "shutdown": self._shutdown,
+            "log": self.directory.log_tail(),
+        }
+        self._emit(QemuEvent(vm_id=self.directory.vm_id, name="GONE", data=data, at_ms=at_ms))
+
+
+def _argument(argv: list[str], option: str) -> str:
+    return argv[argv.index(option) + 1] if option in argv[:-1] else ""

@@ -1,0 +1,144 @@
+"""The memory migration over QMP: capabilities, parameters, start, progress, and the way out without a network.
+
+Rules that were measured: `downtime-limit` 1 ms keeps QEMU from converging by itself; without return-path the source
+says `completed` when the bytes are in its socket buffer; pause-before-switchover catches the race in which QEMU wins.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+from kvmhv.drivers.qemu.keys import TLS_OBJECT
+from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
+from kvmhv.errors import HostError
+from kvmhv.model import Plan
+from kvmhv.ports import MemoryStats
+
+ALWAYS = ("events", "return-path", "pause-before-switchover")
+UNLIMITED_BYTES_PER_S = 1 << 40
+DOWNTIME_LIMIT_MS = 1
+STATS_TIMEOUT_S = 3.0
+YANK_TIMEOUT_S = 3.0
+EXIT_ON_ERROR_SINCE = (9, 1, 0)
+
+IDLE = frozenset({"", "none", "completed", "failed", "cancelled"})
+"""States of query-migrate in which no migration is on its way."""
+
+
+def address(ip: str, port: int | str) -> str:
+    """Return `ip:port` as QEMU's `tcp:` wants it; an IPv6 address is in brackets."""
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+async def set_capabilities(qmp: Qmp, plan: Plan) -> None:
+    """Switch on the plan's capabilities and ALWAYS, and everything else off: an earlier move may have left some on.
+
+    Raises HostError `capability-missing` if this QEMU lacks one of them.
+    """
+    wanted = {*ALWAYS, *plan.capabilities}
+    known = {entry["capability"]: entry["state"] for entry in await qmp.execute("query-migrate-capabilities")}
+    missing = sorted(wanted - known.keys())
+    if missing:
+        raise HostError(
+            "capability-missing", f"this host's QEMU lacks {', '.join(missing)}", "use the same QEMU on both hosts"
+        )
+    changes = [
+        {"capability": name, "state": name in wanted} for name, state in known.items() if state != (name in wanted)
+    ]
+    if changes:
+        await qmp.execute("migrate-set-capabilities", {"capabilities": changes})
+
+
+async def listen(qmp: Qmp, ip: str, ports: tuple[int, int]) -> int:
+    """Target: wait for the source under the key; returns the port, one of `ports`. Raises HostError if none is free."""
+    await qmp.execute("migrate-set-parameters", {"tls-creds": TLS_OBJECT, "tls-hostname": ""})
+    arguments: dict[str, object] = {"uri": f"tcp:{address(ip, ports[0])},to={ports[1]}"}
+    if qmp.version >= EXIT_ON_ERROR_SINCE:
+        arguments["exit-on-error"] = False
+    await qmp.execute("migrate-incoming", arguments)
+    answer = await qmp.execute("query-migrate")
+    for where in answer.get("socket-address", ()):
+        if where.get("type") == "inet":
+            return int(where["port"])
+    raise HostError("qemu-error", f"QEMU does not say where it listens: {answer}", "see the VM's qemu.log")
+
+
+async def begin(qmp: Qmp, plan: Plan, port: int) -> None:
+    """Source: begin to send memory. Raises HostError; then no migration runs."""
+    await set_capabilities(qmp, plan)
+    await qmp.execute(
+        "migrate-set-parameters",
+        {
+            "max-bandwidth": plan.rule.bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S,
+            "downtime-limit": DOWNTIME_LIMIT_MS,
+            "tls-creds": TLS_OBJECT,
+            "tls-hostname": "",
+        },
+    )
+    await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}"})
+
+
+async def stop(qmp: Qmp) -> None:
+    """Source: lift the bandwidth cap and stop the guest; both commands are on their way at once."""
+    await qmp.together(
+        ("migrate-set-parameters", {"max-bandwidth": UNLIMITED_BYTES_PER_S}),
+        ("stop", {}),
+    )
+
+
+async def stats(qmp: Qmp) -> MemoryStats:
+    """Return query-migrate flat; status `lost` when there is no answer."""
+    try:
+        answer = await qmp.execute("query-migrate", timeout_s=STATS_TIMEOUT_S)
+    except QmpLost as lost:
+        return MemoryStats(status="lost", error=lost.message)
+    ram = answer.get("ram", {})
+    page_bytes = ram.get("page-size", 4096)
+    return MemoryStats(
+        status=answer.get("status", ""),
+        transferred_bytes=ram.get("transferred", 0),
+        remaining_bytes=ram.get("remaining", 0),
+        total_bytes=ram.get("total", 0),
+        dirty_bytes_per_s=float(ram.get("dirty-pages-rate", 0) * page_bytes),
+        throughput_bytes_per_s=ram.get("mbps", 0.0) * 1e6 / 8,
+        dirty_sync_count=ram.get("dirty-sync-count", 0),
+        error=answer.get("error-desc", ""),
+    )
+
+
+async def cancel(qmp: Qmp, timeout_s: float) -> str:
+    """Cancel the migration, by out-of-band yank if QMP hangs; returns its final status.
+
+    Raises QmpLost if even that does not end it within the time.
+    """
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    status = (await stats(qmp)).status
+    try:
+        if status not in IDLE and status != "lost":
+            await qmp.execute("migrate_cancel", timeout_s=STATS_TIMEOUT_S)
+            status = (await stats(qmp)).status
+    except QmpLost:
+        status = "lost"
+    while status not in IDLE:
+        if asyncio.get_running_loop().time() > deadline:
+            raise QmpLost("qemu-hangs", f"the migration does not end: it is {status}", "end the VM's QEMU by hand")
+        if status == "lost":
+            await yank(qmp)
+        await asyncio.sleep(0.05)
+        status = (await stats(qmp)).status
+    return status
+
+
+async def yank(qmp: Qmp) -> None:
+    """Cut every connection of migration and disks out of band, which works while QEMU's main loop hangs in one."""
+    try:
+        instances = await qmp.execute("query-yank", timeout_s=YANK_TIMEOUT_S, oob=True)
+        await _yank(qmp, [entry for entry in instances if entry["type"] != "chardev"])
+    except (QmpRefused, QmpLost):
+        # It ended by itself in between, or the process is gone: the caller looks again.
+        return
+
+
+async def _yank(qmp: Qmp, instances: Iterable[object]) -> None:
+    chosen = list(instances)
+    if chosen:
+        await qmp.execute("yank", {"instances": chosen}, timeout_s=YANK_TIMEOUT_S, oob=True)

@@ -1,0 +1,129 @@
+"""QEMU processes: started detached, found again after the agent's restart, held by pidfd.
+
+A pidfd names one process for ever, so a signal never hits another that got the same number. QEMU is in a session of its
+own with its output in its own log: it outlives the agent.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+from pathlib import Path
+
+from kvmhv.errors import HostError
+
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
+"""Python ignores them and a child would inherit that."""
+
+
+class Process:
+    """One process, alive or ended; `exit_status` is known only if it was this agent's child (-N: signal N)."""
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        """Watch the process from the running event loop; the pidfd belongs to this object from now on."""
+        self.pid = pid
+        self.exit_status: int | None = None
+        self._gone = asyncio.Event()
+        self._pidfd = pidfd
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(pidfd, self._ended)
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended."""
+        return self._gone.is_set()
+
+    async def wait_gone(self, timeout_s: float | None) -> bool:
+        """Wait for the end; False when the time is over first."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._gone.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal; no error if the process has ended."""
+        if not self.gone:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def release(self) -> None:
+        """Stop to watch the process, which goes on."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _ended(self) -> None:
+        with contextlib.suppress(ChildProcessError):
+            reaped, status = os.waitpid(self.pid, os.WNOHANG)
+            if reaped:
+                self.exit_status = os.waitstatus_to_exitcode(status)
+        self.release()
+        self._gone.set()
+
+
+def start(argv: list[str], log: Path) -> Process:
+    """Start a program detached, its output appended to `log`. Raises HostError `qemu-missing` or `qemu-start`."""
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    ]
+    try:
+        pid = os.posix_spawn(
+            argv[0],
+            argv,
+            {**os.environ, "LC_ALL": "C"},
+            file_actions=actions,
+            setsid=True,
+            setsigmask=[],
+            setsigdef=IGNORED_BY_PYTHON,
+        )
+    except (FileNotFoundError, PermissionError) as error:
+        raise HostError(
+            "qemu-missing", f"cannot run {argv[0]}: {error.strerror}", "install QEMU or set qemu_binary in agent.toml"
+        ) from error
+    except OSError as error:
+        raise HostError("qemu-start", f"cannot start {argv[0]}: {error}", "see the host's limits") from error
+    return Process(pid, os.pidfd_open(pid))
+
+
+def find(marks: tuple[str, ...]) -> Process | None:
+    """Return the live process of this PID namespace whose arguments contain every mark, None if there is none."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or not _has_marks(entry, marks):
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(int(entry.name))
+            # Asked again now that the number cannot be given to another process any more.
+            if _has_marks(entry, marks):
+                return Process(int(entry.name), pidfd)
+            os.close(pidfd)
+    return None
+
+
+def arguments(pid: int) -> list[str]:
+    """Return a process's arguments; empty when it is gone or a zombie."""
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the process's resident memory, 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _has_marks(entry: Path, marks: tuple[str, ...]) -> bool:
+    try:
+        found = set(os.fsdecode((entry / "cmdline").read_bytes()).split("\0"))
+        # A host in a PID namespace below this one has the same paths and maybe the same VM; it is not ours.
+        return found.issuperset(marks) and (entry / "ns/pid").readlink() == Path("/proc/self/ns/pid").readlink()
+    except OSError:
+        return False

@@ -1,0 +1,254 @@
+"""One VM's QMP connection: connects as long as the process lives, every command with a deadline, every event passed on.
+
+`execute` needs no open connection: it waits for one within its deadline, so a restarted agent and a QEMU that is just
+starting look the same to the caller. All that is said goes to the VM's qmp.log.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
+
+from kvmhv.drivers.qemu.process import Process
+from kvmhv.errors import HostError
+
+CONNECT_TIMEOUT_S = 5.0
+RECONNECT_DELAY_S = 0.05
+RECONNECT_DELAY_MAX_S = 1.0
+DYING_S = 1.0
+"""A connection ends a moment before its process: so long the process is waited for to tell the one from the other."""
+LOG_MAX_BYTES = 4 * 1024 * 1024
+LOG_LINE_MAX_CHARACTERS = 4096
+
+# Every failure reaches the caller as an exception with QEMU's words; the library's own lines would say it twice.
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+log = logging.getLogger(__name__)
+
+Command = tuple[str, Mapping[str, object]]
+Event = dict[str, Any]
+
+
+class QmpRefused(HostError):
+    """QEMU answered with an error: `description` has its words. Nothing was changed, as QMP promises."""
+
+    def __init__(self, vm_name: str, command: str, description: str) -> None:
+        super().__init__("qemu-error", f"{vm_name}: QEMU refused {command}: {description}", "see the VM's qemu.log")
+        self.description = description
+
+
+class QmpLost(HostError):
+    """No answer: the process is gone (`qemu-gone`) or hangs (`qemu-hangs`). Whether the command was done is unknown."""
+
+
+class QmpLog:
+    """A bounded log of what was said over QMP: two files of LOG_MAX_BYTES at most. It never fails its caller."""
+
+    def __init__(self, path: Path, now_ms: Callable[[], float]) -> None:
+        self._path = path
+        self._now_ms = now_ms
+
+    def write(self, sign: str, what: object) -> None:
+        """Append a line: `>` sent, `<` answered, `*` event."""
+        with contextlib.suppress(OSError):
+            text = json.dumps(what, separators=(",", ":"), default=str)[:LOG_LINE_MAX_CHARACTERS]
+            with self._path.open("a") as file:
+                file.write(f"{self._now_ms():.3f} {sign} {text}\n")
+                full = file.tell() > LOG_MAX_BYTES
+            if full:
+                self._path.replace(self._path.with_name(self._path.name + ".1"))
+
+
+class Qmp:
+    """QMP to one process."""
+
+    def __init__(
+        self,
+        vm_name: str,
+        process: Process,
+        socket: Path,
+        log: QmpLog,
+        *,
+        now_ms: Callable[[], float],
+        deliver: Callable[[Event, float], None],
+        tail: Callable[[], str],
+        timeout_s: float,
+    ) -> None:
+        """Begin to connect. `deliver` gets every event with its arrival time; `tail` is QEMU's last words."""
+        self.version: tuple[int, int, int] = (0, 0, 0)
+        self._vm_name = vm_name
+        self._process = process
+        self._socket = socket
+        self._log = log
+        self._now_ms = now_ms
+        self._deliver = deliver
+        self._tail = tail
+        self._timeout_s = timeout_s
+        self._client: QMPClient | None = None
+        self._connected = asyncio.Event()
+        self._waiters: list[tuple[Callable[[Event], bool], asyncio.Future[tuple[Event, float]]]] = []
+        self._task = asyncio.create_task(self._serve(), name=f"qmp {vm_name}")
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout_s: float | None = None,
+        oob: bool = False,
+    ) -> Any:
+        """Run a command and return its answer.
+
+        Raises QmpRefused with QEMU's words, QmpLost when there is no answer in time or the process has ended.
+        """
+        self._log.write(">", {"execute": command, "arguments": arguments or {}})
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                client = await self._connection()
+                answer = await client.execute(command, arguments or {}, oob=oob)
+        except TimeoutError:
+            raise self._lost(command, f"no answer in {limit_s:g} s") from None
+        except ExecuteError as error:
+            description = str(error)
+            self._log.write("<", {"error": description, "of": command})
+            raise QmpRefused(self._vm_name, command, description) from None
+        except (QMPError, OSError, EOFError) as error:
+            await self._process.wait_gone(DYING_S)
+            raise self._lost(command, f"connection lost: {error}") from error
+        self._log.write("<", {"return": answer, "of": command})
+        return answer
+
+    async def together(self, *commands: Command, timeout_s: float | None = None) -> list[Any]:
+        """Send several commands at once, in order; QEMU runs them in order. Raises the first one's error, if any."""
+        answers = await asyncio.gather(
+            *(self.execute(name, arguments, timeout_s=timeout_s) for name, arguments in commands),
+            return_exceptions=True,
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    @asynccontextmanager
+    async def event(
+        self, matches: Callable[[Event], bool], what: str, timeout_s: float | None = None
+    ) -> AsyncIterator[Callable[[], "asyncio.Future[tuple[Event, float]]"]]:
+        """Catch the first event that matches from here on; the body may await `wait()` for it and its arrival time.
+
+        At the end of the body the event must have come, or QmpLost is raised after the deadline.
+        """
+        future: asyncio.Future[tuple[Event, float]] = asyncio.get_running_loop().create_future()
+        entry = (matches, future)
+        self._waiters.append(entry)
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                yield lambda: future
+                await future
+        except TimeoutError:
+            raise self._lost(what, f"no event in {limit_s:g} s") from None
+        finally:
+            if entry in self._waiters:
+                self._waiters.remove(entry)
+            future.cancel()
+
+    async def wait_connected(self, timeout_s: float) -> bool:
+        """Wait until QMP answers; False if the process ended or the time is over first."""
+        ended = asyncio.create_task(self._process.wait_gone(timeout_s))
+        connected = asyncio.create_task(self._connected.wait())
+        try:
+            await asyncio.wait({ended, connected}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+            connected.cancel()
+        return self._connected.is_set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for the end of the connection, so that the last events of an ended process are delivered."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self._task)
+
+    async def close(self) -> None:
+        """End the connection; QEMU goes on."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    # ---
+
+    async def _connection(self) -> QMPClient:
+        await self._connected.wait()
+        assert self._client is not None
+        return self._client
+
+    def _lost(self, command: str, why: str) -> QmpLost:
+        tail = self._tail()
+        words = f"; QEMU's last words: {tail}" if tail else ""
+        self._log.write("<", {"lost": why, "of": command})
+        if self._process.gone:
+            status = self._process.exit_status
+            ended = "" if status is None else f" with status {status}"
+            return QmpLost(
+                "qemu-gone", f"{self._vm_name}: its QEMU ended{ended} during {command}{words}", "see the VM's qemu.log"
+            )
+        return QmpLost(
+            "qemu-hangs", f"{self._vm_name}: QEMU does not answer {command}: {why}{words}", "see the VM's qemu.log"
+        )
+
+    async def _serve(self) -> None:
+        """Keep one connection as long as the process lives."""
+        delay_s = RECONNECT_DELAY_S
+        while not self._process.gone:
+            client = QMPClient(self._vm_name)
+            # Handled in the moment it is read: the true time of arrival, and no queue or history that could grow.
+            client.events.event_filter = self._keep_no_event
+            try:
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                    await client.connect(str(self._socket))
+            except (QMPError, OSError, EOFError, TimeoutError):
+                await self._process.wait_gone(delay_s)
+                delay_s = min(delay_s * 2, RECONNECT_DELAY_MAX_S)
+                continue
+            delay_s = RECONNECT_DELAY_S
+            try:
+                await self._attend(client)
+            finally:
+                self._connected.clear()
+                self._client = None
+                # AssertionError: the library insists that no command waits, and one may not have run its last step yet.
+                with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError, AssertionError):
+                    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                        await client.disconnect()
+            await self._process.wait_gone(RECONNECT_DELAY_S)
+
+    async def _attend(self, client: QMPClient) -> None:
+        """Serve commands and events until the connection ends."""
+        assert client.greeting is not None
+        number = cast("dict[str, int]", client.greeting.QMP.version["qemu"])
+        self.version = (number["major"], number["minor"], number["micro"])
+        self._client = client
+        self._connected.set()
+        while client.runstate is Runstate.RUNNING:
+            await client.runstate_changed()
+
+    def _keep_no_event(self, event: Message) -> bool:
+        self._handle(dict(event))
+        return False
+
+    def _handle(self, event: Event) -> None:
+        arrived_ms = self._now_ms()
+        self._log.write("*", event)
+        for matches, future in self._waiters:
+            if not future.done() and matches(event):
+                future.set_result((event, arrived_ms))
+        try:
+            self._deliver(event, arrived_ms)
+        except Exception:  # a bug of the receiver must not cost the connection
+            log.exception("%s: the receiver of %s failed", self._vm_name, event.get("event"))
