@@ -163,6 +163,10 @@ class Directories:
         """Reserve the layer's name; whatever fails inside leaves neither file nor directory."""
         file = self.path(layer)
         root = self._roots[layer.location]
+        if layer.location != DEFAULT and not root.is_dir():  # perhaps a file system that is not mounted
+            raise HostError(
+                "location-missing", f"location {layer.location!r}: there is no {root}", "mount or make the directory"
+            )
         try:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o600))
