@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvmhv.cli import console, watch, websocket
@@ -15,7 +16,7 @@ from kvmhv.cli.main import main
 from kvmhv.cli.progress import Silent
 from kvmhv.errors import CallerError, Incompatible
 from kvmhv.model import ErrorBody, Finding, Mode, Outcome, Pass, Phase, PhaseTime, Severity, Switchover
-from tests.cli_agent import ScriptedAgent, events, report, scripted_agent
+from tests.cli_agent import Raw, ScriptedAgent, events, report, scripted_agent
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -212,7 +213,7 @@ class Interrupting(Silent):
 
 def test_ctrl_c_cancels_and_waits_for_the_answer(agent: ScriptedAgent) -> None:
     cancelled = report(outcome=Outcome.CANCELLED)
-    agent.on("POST", f"/v1/moves/{DONE.id}/cancel", {})
+    agent.on("POST", f"/v1/moves/{DONE.id}/cancel", report(outcome=Outcome.CANCELLED))
     cancels = f"/v1/moves/{DONE.id}/cancel"
     agent.on("GET", EVENTS, lambda _: events(RUNNING, cancelled if agent.asked("POST", cancels) else RUNNING))
     view = Interrupting(2)
@@ -236,7 +237,7 @@ def test_a_cancel_that_comes_too_late_is_told(agent: ScriptedAgent) -> None:
 
 @pytest.mark.parametrize(("presses", "cancels"), [((1, 2), 1), ((1,), 0)])
 def test_the_last_ctrl_c_leaves_the_move_alone(agent: ScriptedAgent, presses: tuple[int, ...], cancels: int) -> None:
-    agent.on("POST", f"/v1/moves/{DONE.id}/cancel", {})
+    agent.on("POST", f"/v1/moves/{DONE.id}/cancel", report(outcome=Outcome.CANCELLED))
     agent.on("GET", EVENTS, lambda _: events(RUNNING))
     view = Interrupting(*presses)
     with pytest.raises(KeyboardInterrupt):
@@ -245,6 +246,24 @@ def test_the_last_ctrl_c_leaves_the_move_alone(agent: ScriptedAgent, presses: tu
         )
     assert view.said[-1] == f"move {DONE.id} goes on; see it with: kvmhv move watch {DONE.id}"
     assert len(agent.asked("POST", f"/v1/moves/{DONE.id}/cancel")) == cancels
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [(Outcome.CANCELLED, 0), (Outcome.RUNNING, 0), (Outcome.DONE, 1), (Outcome.NEEDS_OPERATOR, 5)],
+)
+def test_move_cancel_says_how_it_ended(agent: ScriptedAgent, run: Run, outcome: Outcome, status: int) -> None:
+    agent.on("POST", f"/v1/moves/{DONE.id}/cancel", report(outcome=outcome))
+    found, out, err = run("move", "cancel", DONE.id[:4], "--json")
+    assert (found, json.loads(out)["outcome"]) == (status, outcome)
+    assert ("[cancel-late]" in err) == (status != 0)
+
+
+def test_an_error_in_the_stream_is_raised(agent: ScriptedAgent, run: Run) -> None:
+    body = ErrorBody(code="move-lost", message="its record is gone", todo="-", exit_status=2)
+    agent.on("GET", EVENTS, lambda _: Raw(200, iter([b"event: error\ndata: " + msgspec.json.encode(body) + b"\n\n"])))
+    status, _, err = run("move", "watch", DONE.id)
+    assert (status, "[move-lost]" in err) == (2, True)
 
 
 # --- the console --------------------------------------------------------------------------------------------------

@@ -130,20 +130,24 @@ class Agent:
             self._read(response)
 
     def events(self, path: str, kind: type[T], idle_s: float) -> Iterator[T]:
-        """Yield each server-sent event's data until the agent ends the stream.
+        """Yield each server-sent event's data until the agent ends the stream; an event `error` is raised.
 
         Raises AgentGone also when nothing at all comes for `idle_s`.
         """
         with closing(_Connection(self.address, idle_s)) as connection:
             response = self._exchange(connection, "GET", path, None, {"Accept": "text/event-stream"})
-            data = b""
+            event, data = b"", b""
             while line := self._line(response, idle_s):
                 name, _, value = line.rstrip(b"\r\n").partition(b":")
                 if name == b"data":
                     data += value.removeprefix(b" ")
-                elif not name and data and not value:  # an empty line ends the event; `: text` is a comment
+                elif name == b"event":
+                    event = value.removeprefix(b" ")
+                elif not line.strip() and data:
+                    if event == b"error":
+                        raise from_body(self._decode(data, ErrorBody))
                     yield self._decode(data, kind)
-                    data = b""
+                    event, data = b"", b""
                 if len(data) > LINE_LIMIT_BYTES:
                     raise self._gone("agent-lost", "sent an event without end")
 

@@ -23,6 +23,13 @@ class Token(Struct, frozen=True, kw_only=True):
     token: str
 
 
+class TokenInfo(Struct, frozen=True, kw_only=True):
+    """A token in the list."""
+
+    name: str
+    created_at: float
+
+
 @click.group()
 def host() -> None:
     """A host, its settings and whom it trusts."""
@@ -121,11 +128,12 @@ def invite(session: Session, address: str | None) -> None:
 
 @trust.command()
 @click.argument("code")
+@click.option("--address", metavar="HOST:PORT", help="Where the other host reaches this one; default: as configured.")
 @json_option
 @click.pass_obj
-def join(session: Session, code: str) -> None:
+def join(session: Session, code: str, address: str | None) -> None:
     """Trust the host that gave CODE, and be trusted by it."""
-    joined = session.agent().call("POST", "host/trust/join", TrustedHost, body={"code": code})
+    joined = session.agent().call("POST", "host/trust/join", TrustedHost, body={"code": code, "address": address})
     session.answer(joined, lambda: output.say(f"this host and {joined.name} ({joined.address}) trust each other now"))
 
 
@@ -175,13 +183,9 @@ def create(session: Session, name: str) -> None:
 @click.pass_obj
 def list_tokens(session: Session) -> None:
     """List tokens by name, without their secrets."""
-    tokens = session.agent().call("GET", "host/tokens", list[dict[str, object]])
-    columns = sorted({key for it in tokens for key in it} - {"name"})
-
-    def draw() -> None:
-        output.table(("name", *columns), [(it.get("name"), *(it.get(key) for key in columns)) for it in tokens])
-
-    session.answer(tokens, draw)
+    tokens = session.agent().call("GET", "host/tokens", list[TokenInfo])
+    rows = [(it.name, output.time_text(it.created_at)) for it in tokens]
+    session.answer(tokens, lambda: output.table(("name", "created"), rows))
 
 
 @token.command()

@@ -12,9 +12,9 @@ from kvmhv.cli.move_report import draw_check, draw_report
 from kvmhv.cli.parameters import HOST, MOVE, VM, Rate, Size
 from kvmhv.cli.progress import view
 from kvmhv.cli.session import Session, json_option
-from kvmhv.cli.watch import error_of, exit_status, until_end
+from kvmhv.cli.watch import error_of, exit_status, request_cancel, until_end
 from kvmhv.errors import CallerError, Incompatible
-from kvmhv.model import Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
+from kvmhv.model import ErrorBody, Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -198,12 +198,25 @@ def watch(session: Session, move_id: str) -> int:
 @click.argument("move_id", metavar="ID", type=MOVE)
 @json_option
 @click.pass_obj
-def cancel(session: Session, move_id: str) -> None:
-    """Ask for a move's end: the VM goes on at the source, unless it is too late; `move watch` tells."""
+def cancel(session: Session, move_id: str) -> int:
+    """End a move and say how it ended: cancelled (the VM runs on at the source), or too late."""
     agent = session.agent()
-    found = _find(agent, move_id)
-    agent.call("POST", f"moves/{segment(found.id)}/cancel", object)
-    session.answer(
-        {"id": found.id, "cancelling": True},
-        lambda: output.say(f"move {found.id} is being cancelled; see its end with: kvmhv move watch {found.id}"),
+    ended = request_cancel(agent, _find(agent, move_id).id)
+    session.answer(ended, lambda: output.say(f"move {ended.id}: {_CANCEL_TEXT.get(ended.outcome, ended.outcome)}"))
+    if ended.outcome in _CANCEL_TEXT:
+        return 0
+    late = ErrorBody(
+        code="cancel-late",
+        message=f"the move had ended before it could be cancelled: {ended.outcome}",
+        todo=f"see: kvmhv move show {ended.id}",
+        host=ended.source,
+        exit_status=exit_status(ended) or 1,
     )
+    output.error(late, as_json=False)
+    return late.exit_status
+
+
+_CANCEL_TEXT = {
+    Outcome.CANCELLED: "cancelled, the VM runs on at the source",
+    Outcome.RUNNING: "is being cancelled; see its end with: kvmhv move watch",
+}

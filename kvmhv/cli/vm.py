@@ -122,7 +122,7 @@ def start(session: Session, name: str) -> None:
 @click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, max=86400),
+    type=click.FloatRange(min=0, max=3600),
     metavar="SECONDS",
     help=f"How long the guest may take to shut down before it is ended by force; default {STOP_GRACE_S:.0f}.",
 )

@@ -14,6 +14,8 @@ IDLE_S = 20.0
 RECONNECT_S = 60.0
 """An agent that cannot be reached for so long is given up; the move goes on without us."""
 RETRY_S = 0.5
+CANCEL_TIMEOUT_S = 180.0
+"""The agent answers when the move has ended: everything it made has to be taken back."""
 
 
 def follow(
@@ -68,10 +70,15 @@ def until_end(agent: Agent, move_id: str, view: View, *, cancel_on_interrupt: bo
                 raise
 
 
+def request_cancel(agent: Agent, move_id: str) -> MoveReport:
+    """Ask for the move's end and return how it ended, if it did within the agent's patience."""
+    return agent.call("POST", f"moves/{segment(move_id)}/cancel", MoveReport, timeout_s=CANCEL_TIMEOUT_S)
+
+
 def _cancel(agent: Agent, move_id: str, view: View) -> None:
     view.say("cancelling the move; press Ctrl-C again to leave it as it is")
     try:
-        agent.call("POST", f"moves/{segment(move_id)}/cancel", object)
+        request_cancel(agent, move_id)
     except KvmhvError as error:
         view.say(f"{error.message} [{error.code}]")
 
