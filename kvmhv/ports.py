@@ -330,6 +330,15 @@ class Journal(Protocol):
         """Replace a move's states by its final report."""
         ...
 
+    def reports(self) -> tuple[bytes, ...]:
+        """Return the reports of ended moves, the newest last."""
+        ...
+
+    @property
+    def volatile_id(self) -> str:
+        """Names this volatile journal; another one after a reboot."""
+        ...
+
 
 class Records(Protocol):
     """Small durable records by kind and key (VMs, settings, trust, tokens). Implemented by drivers/database."""

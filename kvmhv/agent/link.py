@@ -1,7 +1,7 @@
 """One move's connection to the other agent, made again when it breaks. It knows sessions, not moves.
 
-Either side may connect; the newest connection counts. What is sent without a connection is dropped: the machines repeat
-what matters once PeerConnected arrives.
+Either side may connect. What is sent goes over the newest connection, what arrives over any counts. What is sent without
+a connection is dropped: the machines repeat what matters once PeerConnected arrives.
 """
 
 import asyncio
@@ -39,38 +39,50 @@ class Link:
     ) -> None:
         self._hello = hello
         self._clock = clock
+        self._conversations: list[_Conversation] = []
+        self.attach(on_connected, on_lost, on_message)
+
+    def attach(
+        self,
+        on_connected: Callable[[], None],
+        on_lost: Callable[[KvmhvError], None],
+        on_message: Callable[[AnyMessage], None],
+    ) -> None:
+        """Give what arrives from now on to others."""
         self._on_connected = on_connected
         self._on_lost = on_lost
         self._on_message = on_message
-        self._current: _Conversation | None = None
 
     @property
     def connected(self) -> bool:
         """Whether a greeted connection stands now."""
-        return self._current is not None
+        return bool(self._conversations)
 
     def send(self, message: AnyMessage) -> None:
         """Say it on the newest connection; without one it is dropped."""
-        if self._current is not None:
-            self._current.say(message)
+        if self._conversations:
+            self._conversations[-1].say(message)
 
-    async def keep(self, peer: Peer, host: str, *, once: bool = False) -> None:
-        """Connect to the host, and again whenever no connection stands; ends by cancellation only (or after `once`)."""
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until what was said has gone out, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(conversation.drained() for conversation in self._conversations))
+
+    async def keep(self, peer: Peer, host: str, first_after_s: float = 0.0) -> None:
+        """Connect to the host, and again whenever no connection stands; ends by cancellation."""
+        await asyncio.sleep(first_after_s)
         retry_s = RETRY_FIRST_S
         while True:
-            if self._current is None:
+            if not self.connected:
                 try:
                     connection = await peer.connect(host, CONNECT_S)
                 except KvmhvError as error:
-                    if self._current is None:
+                    if not self.connected:
                         self._on_lost(error)
-                    if once:
-                        return
                 else:
                     retry_s = RETRY_FIRST_S
                     await self.serve(connection)
-                    if once:
-                        return
             await asyncio.sleep(retry_s)
             retry_s = min(RETRY_LONGEST_S, retry_s * 2)
 
@@ -88,17 +100,17 @@ class Link:
                 log.warning("peer broke the protocol", peer=connection.peer_name, error=str(caught))
         finally:
             await connection.close()
-            if self._current is conversation:
-                self._current = None
+            if conversation in self._conversations:
+                self._conversations.remove(conversation)
+            if not self.connected:
                 self._on_lost(error)
 
     def _greeted(self, conversation: "_Conversation") -> None:
-        self._current = conversation
+        self._conversations.append(conversation)
         self._on_connected()
 
-    def _heard(self, conversation: "_Conversation", message: AnyMessage) -> None:
-        if self._current is conversation:
-            self._on_message(message)
+    def _heard(self, message: AnyMessage) -> None:
+        self._on_message(message)
 
 
 class _Conversation:
@@ -114,6 +126,10 @@ class _Conversation:
         """Queue a message; a full outbox means that the other side does not read, and ends the connection."""
         with contextlib.suppress(asyncio.QueueFull):
             self._outbox.put_nowait(self._session.frame(message))
+
+    async def drained(self) -> None:
+        """Wait until the outbox is empty."""
+        await self._outbox.join()
 
     async def talk(self, link: Link, first_frame: bytes | None) -> None:
         await self._connection.send(self._session.hello_frame())
@@ -137,7 +153,7 @@ class _Conversation:
                 hello_deadline.reschedule(None)
                 link._greeted(self)
             elif isinstance(event, Heard):
-                link._heard(self, event.message)
+                link._heard(event.message)
         for reply in self._session.replies():
             await self._connection.send(reply)
 
@@ -148,6 +164,7 @@ class _Conversation:
                 await self._connection.send(frame)
             except PeerUnreachable:
                 return  # the reader notices too, and says so
+            self._outbox.task_done()
 
     async def _align_clocks(self) -> None:
         pings = 0

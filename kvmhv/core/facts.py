@@ -183,4 +183,4 @@ class Restarted(Fact, frozen=True, kw_only=True):
     migration: str
     """Its migration's status (`active`, `completed`, ...)."""
     rebooted: bool
-    """The host has another boot id than in the journal: the volatile journal and every process are lost."""
+    """The volatile journal is not the one in which the move began: the host was rebooted, every process is lost."""

@@ -63,9 +63,7 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
     if state.step is TargetStep.STARTING:
         if not found.process:
             return target.step(state, QemuGone(at_ms=found.at_ms, error=_gone(state)))
-        hold, effects = handover.run_at_target(
-            state.hold, state.plan.target_vm.id, granted_epoch=state.hold.epoch, loaded=True
-        )
+        hold, effects = handover.run_at_target(state.hold, state.vm.id, granted_epoch=state.hold.epoch, loaded=True)
         state = msgspec.structs.replace(state, hold=hold)
         return state, [*effects, SetTimer(name=target.STEP_TIMER, after_s=timeouts.grant_s)]
     if state.step is TargetStep.SETTLING:
@@ -88,7 +86,7 @@ def _without_process(state: TargetState, found: Restarted) -> tuple[TargetState,
         return target.refuse(state, _gone(state))
     error = ErrorBody(
         code="target-cannot-tell",
-        message=f"{state.target} rebooted while it was about to take {state.plan.target_vm.name} over: it cannot tell "
+        message=f"{state.target} rebooted while it was about to take {state.vm.name} over: it cannot tell "
         "whether the VM ran there",
         todo=f"if {state.source} still has its copy, the move ends by itself; else start the VM from the disks of the "
         "side that you trust",

@@ -128,7 +128,15 @@ def _answer(state: SourceState, fact: facts.Fact) -> Result:
             findings=findings,
         )
         return _end(state, fact.at_ms, Outcome.FAILED, error)
-    made = plan.make(state.vm, state.request, state.rule, state.timeouts, state.inventory, message.inventory)
+    made = plan.make(
+        state.vm,
+        state.request,
+        state.rule,
+        state.timeouts,
+        state.inventory,
+        message.inventory,
+        state.throughput_bytes_per_s,
+    )
     state = _set(state, plan=made)
     after, effects = _enter(state, SourceStep.OFFERING, state.timeouts.prepare_s)
     return after, [Journal(), *effects, Send(message=after.offer())]
@@ -527,12 +535,11 @@ def _connected(state: SourceState, fact: facts.Fact) -> Result:
 
 def _peer_lost(state: SourceState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.PeerLost)
-    state = _set(state, connected=False)
     if state.step in (SourceStep.ENQUIRING, SourceStep.OFFERING):
-        return _undo(state, fact.at_ms, Outcome.FAILED, fact.error)
-    if state.step in UNDOABLE:
-        return state, [SetTimer(name=PEER_TIMER, after_s=state.timeouts.reconnect_s)]
-    return state, []
+        return _undo(_set(state, connected=False), fact.at_ms, Outcome.FAILED, fact.error)
+    if not state.connected or state.step not in UNDOABLE:
+        return _set(state, connected=False), []  # one more attempt failed: the timer runs already
+    return _set(state, connected=False), [SetTimer(name=PEER_TIMER, after_s=state.timeouts.reconnect_s)]
 
 
 def _unexpected_message(state: SourceState, fact: facts.Fact) -> Result:

@@ -63,7 +63,10 @@ class SourceState(Struct, frozen=True, kw_only=True):
     psk_hex: str
     hold: SourceHold
     started_wall_s: float
-    boot_id: str
+    volatile_id: str
+    """Names the volatile journal in which this move began; another one after a reboot."""
+    throughput_bytes_per_s: float | None = None
+    """What earlier moves to this target reached, for the estimate."""
 
     step: SourceStep = SourceStep.ENQUIRING
     outcome: Outcome = Outcome.RUNNING

@@ -43,7 +43,7 @@ from kvmhv.messages import (
     Running,
     Unknown,
 )
-from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Outcome, Phase, Plan, Struct
+from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Outcome, Phase, Plan, Struct, Vm
 
 
 class TargetStep(enum.StrEnum):
@@ -69,7 +69,8 @@ class TargetState(Struct, frozen=True, kw_only=True):
     psk_hex: str
     hold: TargetHold
     started_wall_s: float
-    boot_id: str
+    volatile_id: str
+    """Names the volatile journal in which this move began; another one after a reboot."""
 
     step: TargetStep = TargetStep.RECEIVING
     outcome: Outcome = Outcome.RUNNING
@@ -84,6 +85,11 @@ class TargetState(Struct, frozen=True, kw_only=True):
     adopted: bool = False
     warnings: tuple[str, ...] = ()
     source_report: MoveReport | None = None
+
+    @property
+    def vm(self) -> Vm:
+        """The VM as it will be here."""
+        return self.plan.target_vm
 
 
 Result = tuple[TargetState, list[Effect]]
@@ -126,7 +132,7 @@ def _set(state: TargetState, **changes: object) -> TargetState:
 
 
 def _offered(state: TargetState, fact: facts.Fact) -> Result:
-    if state.plan.target_vm.kernel is None:
+    if state.vm.kernel is None:
         return _prepare(state)
     return state, [
         Journal(),
@@ -181,7 +187,7 @@ def _run_when_granted(state: TargetState) -> Result:
     if state.granted_epoch is None or not (state.transferred and state.unexported):
         return state, []
     hold, effects = handover.run_at_target(
-        state.hold, state.plan.target_vm.id, granted_epoch=state.granted_epoch, loaded=state.transferred
+        state.hold, state.vm.id, granted_epoch=state.granted_epoch, loaded=state.transferred
     )
     after = _set(state, hold=hold, step=TargetStep.STARTING, outcome=Outcome.RUNNING, failure=None)
     return after, [*effects, SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s)]
@@ -198,7 +204,7 @@ def _runs(state: TargetState, fact: facts.Fact) -> Result:
 
 def adopt(state: TargetState) -> list[Effect]:
     """Make the VM this host's own."""
-    return [Adopt(vm=state.plan.target_vm), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
+    return [Adopt(vm=state.vm), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
 
 
 def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
@@ -299,7 +305,7 @@ def _failed(state: TargetState, fact: facts.Fact) -> Result:
 
 def _timeout(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.TimerFired)
-    vm = state.plan.target_vm.name
+    vm = state.vm.name
     if state.transferred:
         error = ErrorBody(
             code="grant-missing",
@@ -344,10 +350,9 @@ def _offered_again(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _peer_lost(state: TargetState, fact: facts.Fact) -> Result:
-    state = _set(state, connected=False)
-    if state.step in BEFORE_RUN:
-        return state, [SetTimer(name=PEER_TIMER, after_s=state.plan.timeouts.reconnect_s)]
-    return state, []
+    if not state.connected or state.step not in BEFORE_RUN:
+        return _set(state, connected=False), []  # one more attempt failed: the timer runs already
+    return _set(state, connected=False), [SetTimer(name=PEER_TIMER, after_s=state.plan.timeouts.reconnect_s)]
 
 
 MessageType = TypeVar("MessageType")
@@ -365,7 +370,7 @@ def report(state: TargetState) -> MoveReport:
         return msgspec.structs.replace(
             state.source_report, direction="in", warnings=(*state.source_report.warnings, *state.warnings)
         )
-    vm = state.plan.target_vm
+    vm = state.vm
     phase = Phase.CLEANUP if state.step in (TargetStep.SETTLING, TargetStep.ENDED) else Phase.SETUP
     if state.step in (TargetStep.WAITING, TargetStep.STARTING):
         phase = Phase.STATE if state.mirrors_ended or state.transferred else Phase.MEMORY

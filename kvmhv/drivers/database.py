@@ -4,6 +4,7 @@ Calls block for the time of one fsync; they are short on purpose and made from t
 on before its journal entry is on disk.
 """
 
+import secrets
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,14 @@ class Database:
                 "database-newer", f"{path} was written by a newer kvmhv", "install that version again, or a newer one"
             )
         path.chmod(0o600)
+
+    @property
+    def volatile_id(self) -> str:
+        """Names this volatile journal: made with it, gone with it (a reboot empties the tmpfs it lies on)."""
+        file = self._volatile_dir / "id"
+        if not file.exists():
+            file.write_text(secrets.token_hex(16))
+        return file.read_text()
 
     def close(self) -> None:
         """Close the file."""

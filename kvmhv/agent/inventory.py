@@ -1,0 +1,61 @@
+"""This host's inventory for the check of one VM's move, made fresh for each question."""
+
+from kvmhv import __version__
+from kvmhv.agent.settings import Settings
+from kvmhv.agent.vms import Vms
+from kvmhv.config import Config, parse_networks
+from kvmhv.core import addresses
+from kvmhv.drivers import host
+from kvmhv.model import Inventory, Refusal, Vm, VmFacts
+from kvmhv.ports import Disks, Hypervisor, Network
+
+
+class Inventories:
+    """Asks the drivers and puts the answers together."""
+
+    def __init__(
+        self,
+        config: Config,
+        host_id: str,
+        settings: Settings,
+        vms: Vms,
+        hypervisor: Hypervisor,
+        disks: Disks,
+        network: Network,
+    ) -> None:
+        self._config = config
+        self._host_id = host_id
+        self._settings = settings
+        self._vms = vms
+        self._hypervisor = hypervisor
+        self._disks = disks
+        self._network = network
+
+    async def make(
+        self, *, promised_bytes: int = 0, refusal: Refusal | None = None, running: Vm | None = None
+    ) -> Inventory:
+        """Return the inventory; `promised_bytes` of memory belong to VMs that are arriving, `running` is to leave."""
+        settings = self._settings.current
+        facts: VmFacts | None = None
+        if running is not None:
+            facts = await self._hypervisor.facts(running)
+        defined = self._vms.defined()
+        return Inventory(
+            host=self._config.name,
+            host_id=self._host_id,
+            boot_id=host.boot_id(),
+            kvmhv_version=__version__,
+            qemu=await self._hypervisor.probe(),
+            cpu_vendor=host.cpu_vendor(),
+            memory_available_bytes=max(0, host.memory_available_bytes() - promised_bytes),
+            cpus=host.cpu_count(),
+            locations=await self._disks.locations(),
+            switches=await self._network.switches(),
+            vm_names=tuple(vm.name for vm in defined),
+            vm_ids=tuple(vm.id for vm in defined),
+            migration_addresses=addresses.usable(
+                await self._network.addresses(), parse_networks(settings.networks), settings.use_any_network
+            ),
+            refusal=refusal,
+            facts_of_vm=facts,
+        )

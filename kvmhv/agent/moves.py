@@ -1,0 +1,330 @@
+"""The moves of this host as operators and other agents see them: admitted, watched, cancelled, answered for."""
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+
+import msgspec
+import structlog
+
+from kvmhv.agent.api.services import CheckReport
+from kvmhv.agent.enquiry import enquire
+from kvmhv.agent.inventory import Inventories
+from kvmhv.agent.link import HELLO_S, Link
+from kvmhv.agent.open_moves import OpenMoves
+from kvmhv.agent.runner import Runner
+from kvmhv.agent.settings import Settings
+from kvmhv.agent.visit import Visit
+from kvmhv.agent.vms import Vms
+from kvmhv.config import PROFILES, Config
+from kvmhv.core import admission, checks, facts, plan
+from kvmhv.core.handover import SourceHold, TargetHold
+from kvmhv.core.source_state import SourceState
+from kvmhv.core.target import TargetState, TargetStep
+from kvmhv.errors import CallerError, KvmhvError, PeerBroke, Refused
+from kvmhv.messages import Enquire, Offer
+from kvmhv.model import Finding, Inventory, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
+from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
+from kvmhv.wire.session import SOURCE, TARGET, Hello, read_hello
+
+log = structlog.get_logger(__name__)
+
+CANCEL_WAIT_S = 60.0
+PASSES_MAX = 1000
+
+
+class Moves:
+    """The API calls it, and other agents' connections reach it."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        settings: Settings,
+        vms: Vms,
+        hypervisor: Hypervisor,
+        peer: Peer,
+        journal: Journal,
+        clock: Clock,
+        inventories: Inventories,
+        open_moves: OpenMoves,
+    ) -> None:
+        self._config = config
+        self._settings = settings
+        self._vms = vms
+        self._hypervisor = hypervisor
+        self._peer = peer
+        self._journal = journal
+        self._clock = clock
+        self._inventories = inventories
+        self._open = open_moves
+
+    # --- for operators
+
+    async def check(self, request: MoveRequest, caller: str) -> CheckReport:
+        """Check a move and plan it; changes nothing on either host."""
+        vm = self._checked_vm(request)
+        here = await self._inventory_of(vm)
+        hello = Hello(move_id=str(uuid.uuid4()), host=self._config.name, role=SOURCE, epoch=vm.epoch + 1)
+        there = await enquire(self._peer, self._clock, hello, vm, request, self._config.timeouts.answer_s)
+        findings = checks.check(vm, request, here, there)
+        refusals = [self._admit_out(vm, request), there.refusal]
+        findings = (*(_as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
+        if any(finding.severity is Severity.ERROR for finding in findings):
+            return CheckReport(findings=findings)
+        rule = self._rule(request)
+        throughput = self._throughput(request.target)
+        made = plan.make(vm, request, rule, self._config.timeouts, here, there, throughput)
+        return CheckReport(findings=findings, plan=made)
+
+    async def start(self, request: MoveRequest, caller: str) -> MoveReport:
+        """Begin a move; returns when it is admitted here.
+
+        Raises CallerError `vm-unknown`, `move-to-itself`, `host-unknown`, `passes-invalid`; Refused
+        `migration-disabled`, `limit-reached`, `vm-in-move`.
+        """
+        vm = self._checked_vm(request)
+        rule = self._rule(request)
+        refusal = self._admit_out(vm, request)
+        if refusal is not None:
+            raise _as_error(refusal)
+        move_id = str(uuid.uuid4())
+        self._vms.claim(vm.name, move_id)
+        try:
+            state = SourceState(
+                move_id=move_id,
+                source=self._config.name,
+                target=request.target,
+                vm=vm,
+                request=request,
+                rule=rule,
+                timeouts=self._config.timeouts,
+                inventory=await self._inventory_of(vm),
+                psk_hex=secrets.token_hex(32),
+                hold=SourceHold(epoch=vm.epoch + 1),
+                started_wall_s=self._clock.wall_s(),
+                volatile_id=self._journal.volatile_id,
+                throughput_bytes_per_s=self._throughput(request.target),
+            )
+        except BaseException:
+            self._vms.release(vm.name, move_id)
+            raise
+        log.info("move asked for", move=move_id, vm=vm.name, target=request.target, caller=caller)
+        runner = self._open.leave(state)
+        return runner.report()
+
+    async def list(self) -> tuple[MoveReport, ...]:
+        """Return the moves that run and the ended ones that are kept, the newest last."""
+        ended = [msgspec.json.decode(report, type=MoveReport) for report in self._journal.reports()]
+        return tuple(ended) + self._open.reports()
+
+    async def show(self, move_id: str) -> MoveReport:
+        """Return one move by its id or an unambiguous prefix.
+
+        Raises CallerError `move-unknown`, `move-ambiguous`.
+        """
+        found = {report.id: report for report in await self.list() if report.id.startswith(move_id)} if move_id else {}
+        if not found:
+            raise CallerError("move-unknown", f"there is no move {move_id!r}", "see `kvmhv move list`", http_status=404)
+        if len(found) > 1:
+            raise CallerError("move-ambiguous", f"{len(found)} moves begin with {move_id!r}", "give more of its id")
+        return next(iter(found.values()))
+
+    async def cancel(self, move_id: str) -> MoveReport:
+        """Ask a move to end, wait for its end, and return how it ended: cancelled, or too late.
+
+        Raises Refused `cancel-at-source` on the target's agent, CallerError `move-ended`.
+        """
+        report = await self.show(move_id)
+        runner = self._open.find(report.id, SOURCE)
+        if runner is None and self._open.find(report.id, TARGET) is not None:
+            raise Refused("cancel-at-source", "a move is cancelled at its source", f"kvmhv --host {report.source} ...")
+        if runner is None:
+            text = f"the move has ended ({report.outcome})"
+            raise CallerError("move-ended", text, "there is nothing to cancel", http_status=409)
+        runner.put(facts.CancelRequested(at_ms=self._clock.monotonic_ms(), caller="the operator"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CANCEL_WAIT_S):
+                await runner.ended.wait()
+        return runner.report()
+
+    async def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
+        """Yield the report now and after each change; ends after one whose outcome is not `running`."""
+        report = await self.show(move_id)
+        runner = self._open.find(report.id, SOURCE) or self._open.find(report.id, TARGET)
+        if runner is None:
+            yield report
+            return
+        async for change in runner.changes():
+            yield change
+
+    # --- for other agents
+
+    async def serve_peer(self, connection: PeerConnection) -> None:
+        """Serve another agent's connection for one move; returns when it ends."""
+        try:
+            first_frame, hello = await _first_hello(connection)
+            own_role = TARGET if hello.role == SOURCE else SOURCE
+            runner = self._open.find(hello.move_id, own_role)
+            other = None
+            if runner is not None:
+                other = runner.state.target if own_role == SOURCE else runner.state.source
+            if hello.host != connection.peer_name or other not in (None, connection.peer_name):
+                text = f"{connection.peer_name} spoke for {hello.host} in a move of {other or hello.host}"
+                raise PeerBroke("protocol-order", text, host=connection.peer_name)
+        except KvmhvError as error:
+            log.warning("connection refused", peer=connection.peer_name, error=str(error))
+            await connection.close()
+            return
+        if runner is not None and runner.link is not None:
+            await runner.link.serve(connection, first_frame)
+            return
+        visit = Visit(
+            connection,
+            hello,
+            self._config.name,
+            self._clock,
+            self._ended(hello.move_id),
+            lambda message: self._answer(connection, message),
+            lambda offer, link: self._accept(connection, hello, offer, link),
+        )
+        await visit.serve(first_frame)
+
+    async def receive_file(self, peer_name: str, move_id: str, name: str, chunks: AsyncIterator[bytes]) -> None:
+        """Keep a kernel file of an incoming VM. Raises CallerError `file-not-wanted`, `file-damaged`."""
+        runner = self._open.find(move_id, TARGET)
+        state = runner.state if runner else None
+        if not isinstance(state, TargetState) or state.source != peer_name or state.step is not TargetStep.RECEIVING:
+            raise CallerError("file-not-wanted", f"no move of {peer_name} waits for {name!r} here", "", http_status=409)
+        kernel = state.vm.kernel
+        assert kernel is not None, "only a VM with a kernel is received in this step"
+        wanted = {
+            "kernel": (kernel.kernel_sha256, kernel.kernel_bytes),
+            "initrd": (kernel.initrd_sha256, kernel.initrd_bytes),
+        }
+        if name not in wanted:
+            raise CallerError("file-not-wanted", f"a VM has no file {name!r}", "", http_status=409)
+        digest, size_bytes = hashlib.sha256(), 0
+        directory = self._vms.kernel_directory(state.vm.id)
+        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o700)
+        with (directory / name).open("wb") as file:
+            async for chunk in chunks:
+                size_bytes += len(chunk)
+                if size_bytes > wanted[name][1]:
+                    break
+                digest.update(chunk)
+                await asyncio.to_thread(file.write, chunk)
+        if (digest.hexdigest(), size_bytes) != wanted[name]:
+            raise CallerError("file-damaged", f"{name} did not arrive as it was announced", "move the VM again")
+
+    # --- as target
+
+    async def _answer(self, connection: PeerConnection, message: Enquire) -> Inventory:
+        return await self._inventories.make(
+            promised_bytes=self._open.promised_bytes(),
+            refusal=self._admit_in(connection, with_storage=message.request.include_storage and bool(message.vm.disks)),
+        )
+
+    async def _accept(self, connection: PeerConnection, hello: Hello, offer: Offer, link: Link) -> Runner:
+        """Let an offer in, or raise why not; nothing is allocated before."""
+        refusal = self._admit_in(connection, with_storage=bool(offer.plan.disk_copies))
+        if refusal is not None:
+            raise _as_error(refusal)
+        vm = offer.plan.target_vm
+        if offer.epoch != vm.epoch:
+            raise PeerBroke("protocol-order", "the offer's epoch is not the VM's", host=connection.peer_name)
+        if any(known.id == vm.id for known in self._vms.defined()):
+            raise CallerError("id-taken", f"{self._config.name} has this VM already", host=self._config.name)
+        self._vms.claim(vm.name, hello.move_id, vm)
+        state = TargetState(
+            move_id=hello.move_id,
+            source=connection.peer_name,
+            target=self._config.name,
+            plan=offer.plan,
+            psk_hex=offer.psk_hex,
+            hold=TargetHold(epoch=offer.epoch),
+            started_wall_s=self._clock.wall_s(),
+            volatile_id=self._journal.volatile_id,
+        )
+        return self._open.arrive(state, link)
+
+    def _admit_in(self, connection: PeerConnection, *, with_storage: bool) -> Refusal | None:
+        return admission.admit_in(
+            self._settings.current,
+            self._config.name,
+            self._open.load(),
+            source=connection.peer_name,
+            source_ip=connection.peer_ip,
+            with_storage=with_storage,
+        )
+
+    # --- as source
+
+    def _checked_vm(self, request: MoveRequest) -> Vm:
+        vm = self._vms.vm(request.vm)
+        if request.target == self._config.name:
+            text = f"{vm.name} is on {self._config.name} already"
+            raise CallerError("move-to-itself", text, "name another host", host=self._config.name)
+        return vm
+
+    def _admit_out(self, vm: Vm, request: MoveRequest) -> Refusal | None:
+        with_storage = request.include_storage and bool(vm.disks)
+        return admission.admit_out(
+            self._settings.current, self._config.name, self._open.load(), with_storage=with_storage
+        )
+
+    async def _inventory_of(self, vm: Vm) -> Inventory:
+        seen = await self._hypervisor.state(vm.id)
+        return await self._inventories.make(running=vm if seen.process else None)
+
+    def _rule(self, request: MoveRequest) -> Rule:
+        settings = self._settings.current
+        passes = PROFILES[settings.profile] if request.max_passes is None else request.max_passes
+        if not 1 <= passes <= PASSES_MAX:
+            raise CallerError("passes-invalid", f"{passes} passes", f"give 1 to {PASSES_MAX}")
+        threshold = settings.threshold_bytes if request.threshold_bytes is None else request.threshold_bytes
+        asked = request.bandwidth_bytes_per_s
+        bandwidth = settings.bandwidth_bytes_per_s if asked is None else asked
+        return Rule(max_passes=passes, threshold_bytes=threshold, bandwidth_bytes_per_s=bandwidth)
+
+    def _throughput(self, target: str) -> float | None:
+        """What the last move to that host reached, in bytes per second."""
+        for encoded in reversed(self._journal.reports()):
+            report = msgspec.json.decode(encoded, type=MoveReport)
+            seconds = sum(one.seconds for one in report.passes)
+            if report.target == target and report.outcome is Outcome.DONE and seconds > 0:
+                return sum(one.sent_bytes for one in report.passes) / seconds
+        return None
+
+    def _ended(self, move_id: str) -> MoveReport | None:
+        for encoded in self._journal.reports():
+            report = msgspec.json.decode(encoded, type=MoveReport)
+            if report.id == move_id:
+                return report
+        return None
+
+
+async def _first_hello(connection: PeerConnection) -> tuple[bytes, Hello]:
+    try:
+        async with asyncio.timeout(HELLO_S):
+            async for frame in connection.frames():
+                return frame, read_hello(frame)
+    except TimeoutError:
+        pass
+    raise PeerBroke("protocol-order", "the other agent did not say Hello", host=connection.peer_name)
+
+
+def _as_error(refusal: Refusal) -> Refused:
+    todo = f"on {refusal.host}: kvmhv host set {refusal.setting}=..." if refusal.setting else ""
+    return Refused(refusal.code, refusal.text, todo, host=refusal.host)
+
+
+def _as_finding(refusal: Refusal) -> Finding:
+    error = _as_error(refusal)
+    about = refusal.setting or refusal.host
+    return Finding(
+        id=refusal.code, severity=Severity.ERROR, object=about, host=refusal.host, text=refusal.text, todo=error.todo
+    )

@@ -1,0 +1,180 @@
+"""The moves that are open on this host: one runner each, launched by a request, an offer or the journal."""
+
+import asyncio
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from kvmhv.agent.link import Link
+from kvmhv.agent.runner import Runner
+from kvmhv.agent.source_effects import SourceMachine
+from kvmhv.agent.target_effects import TargetMachine
+from kvmhv.agent.vms import Vms
+from kvmhv.config import Config
+from kvmhv.core import admission, facts, recover
+from kvmhv.core.effects import Effect
+from kvmhv.core.source_state import SourceState
+from kvmhv.core.target import TargetState
+from kvmhv.model import MoveReport
+from kvmhv.ports import Clock, Hypervisor, Journal, Peer, QemuEvent
+from kvmhv.wire.session import SOURCE, TARGET, Hello
+
+log = structlog.get_logger(__name__)
+
+TARGET_ASKS_AFTER_S = 5.0
+"""A target without a connection waits so long for the source to come back before it asks by itself."""
+LAST_WORDS_S = 2.0
+
+
+class OpenMoves:
+    """Launches runners, hands them QEMU's events, and puts them away when they end."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        vms: Vms,
+        hypervisor: Hypervisor,
+        peer: Peer,
+        journal: Journal,
+        clock: Clock,
+        on_end: Callable[[MoveReport], None],
+    ) -> None:
+        self._limit = config.limits.move_facts
+        self._vms = vms
+        self._hypervisor = hypervisor
+        self._peer = peer
+        self._journal = journal
+        self._clock = clock
+        self._on_end = on_end
+        self._runners: dict[tuple[str, str], Runner] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        hypervisor.on_event(self._on_event)
+
+    def find(self, move_id: str, role: str) -> Runner | None:
+        """Return the runner of an open move."""
+        return self._runners.get((move_id, role))
+
+    def reports(self) -> tuple[MoveReport, ...]:
+        """Return how every open move stands."""
+        return tuple(runner.report() for runner in self._runners.values())
+
+    def load(self) -> admission.Load:
+        """Return how many moves of each kind are open."""
+        states = [runner.state for runner in self._runners.values()]
+        leaving = [state for state in states if isinstance(state, SourceState)]
+        arriving = [state for state in states if isinstance(state, TargetState)]
+        copying = sum(state.request.include_storage and bool(state.vm.disks) for state in leaving)
+        copying += sum(bool(state.plan.disk_copies) for state in arriving)
+        return admission.Load(moves_out=len(leaving), moves_in=len(arriving), storage_copies=copying)
+
+    def promised_bytes(self) -> int:
+        """Return the memory of the VMs that are arriving."""
+        states = (runner.state for runner in self._runners.values())
+        return sum(state.plan.target_vm.memory_bytes for state in states if isinstance(state, TargetState))
+
+    def leave(self, state: SourceState) -> Runner:
+        """Begin a move out; the VM is claimed already."""
+        runner = self._source_runner(state)
+        self._launch(runner, [], facts.Started(at_ms=self._clock.monotonic_ms()))
+        return runner
+
+    def arrive(self, state: TargetState, link: Link) -> Runner:
+        """Begin a move in, on the connection that brought its offer; the VM is claimed already."""
+        runner = self._target_runner(state, link)
+        self._launch(runner, [], facts.Offered(at_ms=self._clock.monotonic_ms()))
+        return runner
+
+    async def recover(self) -> None:
+        """After a restart, before anybody is served: take every open move up again from the journal."""
+        for move_id, role, encoded in self._journal.load():
+            try:
+                state = _decode(role, encoded)
+            except msgspec.MsgspecError as error:
+                log.error("a move in the journal cannot be read", move=move_id, role=role, error=str(error))
+                continue
+            await self._recover(state)
+
+    async def close(self) -> None:
+        """Stop handling moves; their journals and QEMUs stay as they are for the next agent."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # ---
+
+    async def _recover(self, state: SourceState | TargetState) -> None:
+        seen = await self._hypervisor.state(state.vm.id)
+        found = facts.Restarted(
+            at_ms=self._clock.monotonic_ms(),
+            process=seen.process,
+            status=seen.status,
+            migration=seen.migration,
+            rebooted=state.volatile_id != self._journal.volatile_id,
+        )
+        log.info("move taken up again", move=state.move_id, step=str(state.step), process=seen.process)
+        effects: list[Effect]
+        if isinstance(state, SourceState):
+            self._vms.claim(state.vm.name, state.move_id)
+            state, effects = recover.recover_source(state, found)
+            runner = self._source_runner(state)
+        else:
+            self._vms.claim(state.vm.name, state.move_id, state.vm)
+            state, effects = recover.recover_target(state, found)
+            runner = self._target_runner(state, None)
+        self._launch(runner, effects, None)
+
+    def _source_runner(self, state: SourceState) -> Runner:
+        machine = SourceMachine(state, self._hypervisor, self._vms, self._peer, self._clock)
+        runner = Runner(machine, state, self._clock, self._journal, self._limit)
+        machine.put = runner.put
+        hello = Hello(move_id=state.move_id, host=state.source, role=SOURCE, epoch=state.hold.epoch)
+        runner.link = Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
+        return runner
+
+    def _target_runner(self, state: TargetState, link: Link | None) -> Runner:
+        machine = TargetMachine(state, self._hypervisor, self._vms, self._clock)
+        runner = Runner(machine, state, self._clock, self._journal, self._limit)
+        hello = Hello(move_id=state.move_id, host=state.target, role=TARGET, epoch=state.hold.epoch)
+        runner.link = link or Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
+        return runner
+
+    def _launch(self, runner: Runner, effects: list[Effect], fact: facts.Fact | None) -> None:
+        self._runners[runner.state.move_id, runner.machine.role] = runner
+        if fact is not None:
+            runner.put(fact)
+        task = asyncio.create_task(self._run(runner, effects), name=f"move {runner.state.move_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, runner: Runner, effects: list[Effect]) -> None:
+        state, link = runner.state, runner.link
+        assert link is not None
+        leaving = isinstance(state, SourceState)
+        other = state.target if leaving else state.source
+        connecting = asyncio.create_task(link.keep(self._peer, other, 0.0 if leaving else TARGET_ASKS_AFTER_S))
+        try:
+            report = await runner.run(effects)
+            await link.drain(LAST_WORDS_S)
+        except Exception:
+            log.exception("the move's runner broke; its journal is kept", move=state.move_id)
+            return
+        finally:
+            connecting.cancel()
+            await asyncio.gather(connecting, return_exceptions=True)
+        self._runners.pop((state.move_id, runner.machine.role), None)
+        self._vms.release(state.vm.name, state.move_id)
+        log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
+        self._on_end(report)
+
+    def _on_event(self, event: QemuEvent) -> None:
+        for runner in self._runners.values():
+            if runner.state.vm.id == event.vm_id:
+                runner.put_event(event)
+
+
+def _decode(role: str, encoded: bytes) -> SourceState | TargetState:
+    if role == SOURCE:
+        return msgspec.msgpack.decode(encoded, type=SourceState)
+    return msgspec.msgpack.decode(encoded, type=TargetState)

@@ -1,0 +1,216 @@
+"""What performs the source's effects, and what QEMU's events mean to the source."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from kvmhv.agent.runner import State
+from kvmhv.agent.vms import Vms
+from kvmhv.core import facts, source
+from kvmhv.core.effects import (
+    Cont,
+    ContinueSwitchover,
+    Effect,
+    EndCopy,
+    FinishMirrors,
+    MirrorDisks,
+    RemoveCopy,
+    SendFiles,
+    SendMemory,
+    StopGuest,
+    UndoSource,
+)
+from kvmhv.core.source_state import SourceState, report
+from kvmhv.errors import HostError
+from kvmhv.model import ErrorBody, MoveReport
+from kvmhv.ports import Clock, Hypervisor, MemoryStats, Peer, QemuEvent
+
+POLL_S = 0.25
+"""Between two looks at the progress of disks and memory; decisions hang on events, not on this."""
+
+FILES_S = 300.0
+
+
+class SourceMachine:
+    """runner.Machine for the side that gives the VM away."""
+
+    role = "source"
+
+    def __init__(
+        self,
+        state: SourceState,
+        hypervisor: Hypervisor,
+        vms: Vms,
+        peer: Peer,
+        clock: Clock,
+    ) -> None:
+        self._move_id = state.move_id
+        self._vm = state.vm
+        self._target = state.target
+        self._psk_hex = state.psk_hex
+        self._hypervisor = hypervisor
+        self._vms = vms
+        self._peer = peer
+        self._clock = clock
+        self.put: Callable[[facts.Fact], None] = lambda fact: None
+        """Where facts go that come while an effect is under way (progress)."""
+        self._polling = False
+
+    def step(self, state: State, fact: facts.Fact) -> tuple[State, list[Effect]]:
+        """Decide."""
+        assert isinstance(state, SourceState)
+        return source.step(state, fact)
+
+    def report(self, state: State, now_ms: float) -> MoveReport:
+        """Show."""
+        assert isinstance(state, SourceState)
+        return report(state, now_ms)
+
+    def performer(self, effect: Effect) -> Callable[[], Awaitable[facts.Fact | None]]:
+        """Return what performs an effect."""
+        match effect:
+            case SendFiles():
+                return self._send_files
+            case MirrorDisks():
+                return partial(self._mirror_disks, effect)
+            case SendMemory():
+                return partial(self._send_memory, effect)
+            case StopGuest():
+                return self._stop_guest
+            case FinishMirrors():
+                return self._finish_mirrors
+            case ContinueSwitchover():
+                return self._continue_switchover
+            case Cont():
+                return self._cont
+            case UndoSource(timeout_s=timeout_s):
+                return partial(self._undo, timeout_s)
+            case EndCopy():
+                return self._end_copy
+            case RemoveCopy():
+                return partial(self._remove_copy, effect)
+        raise NotImplementedError(type(effect).__name__)
+
+    # --- effects
+
+    async def _send_files(self) -> facts.Fact:
+        files = self._vms.kernel_files(self._vm)
+        assert files is not None, "files were asked for that the VM does not have"
+        for name, file in zip(("kernel", "initrd"), files, strict=True):
+            if file is not None:
+                await self._peer.send_file(self._target, self._move_id, name, file, FILES_S)
+        return facts.FilesUploaded(at_ms=self._clock.monotonic_ms())
+
+    async def _mirror_disks(self, effect: MirrorDisks) -> facts.Fact:
+        await self._hypervisor.mirror(self._vm, effect.plan, effect.address, self._psk_hex)
+        while True:
+            stats = await self._hypervisor.mirror_stats(self._vm.id)
+            for mirror in stats:
+                if mirror.error:
+                    raise HostError("mirror-failed", f"copying {mirror.disk} of {self._vm.name}: {mirror.error}")
+            copied_bytes = sum(mirror.copied_bytes for mirror in stats)
+            total_bytes = sum(mirror.total_bytes for mirror in stats)
+            now_ms = self._clock.monotonic_ms()
+            self.put(facts.MirrorProgress(at_ms=now_ms, copied_bytes=copied_bytes, total_bytes=total_bytes))
+            if stats and all(mirror.ready for mirror in stats):
+                return facts.MirrorsReady(at_ms=now_ms, copied_bytes=copied_bytes)
+            await asyncio.sleep(POLL_S)
+
+    async def _send_memory(self, effect: SendMemory) -> None:
+        self._polling = True
+        await self._hypervisor.migrate(self._vm, effect.plan, effect.address, self._psk_hex)
+        while self._polling:
+            await asyncio.sleep(POLL_S)
+            if not self._polling:
+                return
+            stats = await self._hypervisor.memory_stats(self._vm.id)
+            self.put(
+                facts.MemoryProgress(
+                    at_ms=self._clock.monotonic_ms(),
+                    sent_bytes=stats.transferred_bytes,
+                    remaining_bytes=stats.remaining_bytes,
+                    total_bytes=stats.total_bytes,
+                    dirty_bytes_per_s=stats.dirty_bytes_per_s,
+                )
+            )
+
+    async def _stop_guest(self) -> facts.Fact:
+        self._polling = False  # nothing else talks to QEMU in the blackout
+        told_ms = self._clock.monotonic_ms()
+        await self._hypervisor.stop_guest(self._vm.id)
+        return facts.GuestStopped(at_ms=self._clock.monotonic_ms(), told_ms=told_ms)
+
+    async def _finish_mirrors(self) -> facts.Fact:
+        self._polling = False
+        await self._hypervisor.finish_mirrors(self._vm.id)
+        return facts.MirrorsFinished(at_ms=self._clock.monotonic_ms())
+
+    async def _continue_switchover(self) -> None:
+        await self._hypervisor.continue_switchover(self._vm.id)
+
+    async def _cont(self) -> facts.Fact:
+        resumed_ms = await self._hypervisor.cont(self._vm.id)
+        return facts.GuestRuns(at_ms=self._clock.monotonic_ms(), resumed_ms=resumed_ms)
+
+    async def _undo(self, timeout_s: float) -> facts.Fact:
+        self._polling = False
+        await self._hypervisor.undo_source(self._vm.id, timeout_s)
+        return facts.Undone(at_ms=self._clock.monotonic_ms())
+
+    async def _end_copy(self) -> facts.Fact:
+        await self._hypervisor.kill(self._vm.id)
+        await self._vms.drop_taps(self._vm)
+        return facts.CopyEnded(at_ms=self._clock.monotonic_ms())
+
+    async def _remove_copy(self, effect: RemoveCopy) -> facts.Fact:
+        await self._vms.remove_disks(self._vm, tuple(copy.disk for copy in effect.plan.disk_copies))
+        await self._vms.forget(self._vm.id)
+        return facts.CopyRemoved(at_ms=self._clock.monotonic_ms())
+
+    # --- events
+
+    async def hear(self, event: QemuEvent) -> facts.Fact | None:
+        """Turn what QEMU said into a fact."""
+        if event.name == "MIGRATION_PASS":
+            return await self._pass_started(event)
+        if event.name == "MIGRATION":
+            return await self._migration_status(event)
+        if event.name == "GONE":
+            return facts.QemuGone(at_ms=event.at_ms, error=_gone(self._vm.name, event))
+        return None
+
+    async def _pass_started(self, event: QemuEvent) -> facts.Fact:
+        stats = await self._hypervisor.memory_stats(self._vm.id)
+        number = event.data.get("pass")
+        return facts.PassStarted(
+            at_ms=event.at_ms,
+            number=number if isinstance(number, int) else stats.dirty_sync_count,
+            sent_bytes=stats.transferred_bytes,
+            remaining_bytes=stats.remaining_bytes,
+            total_bytes=stats.total_bytes,
+            dirty_bytes_per_s=stats.dirty_bytes_per_s,
+        )
+
+    async def _migration_status(self, event: QemuEvent) -> facts.Fact | None:
+        match event.data.get("status"):
+            case "pre-switchover":
+                return facts.PreSwitchover(at_ms=event.at_ms)
+            case "completed":
+                return facts.MemorySent(at_ms=event.at_ms)
+            case "failed" | "cancelled":
+                stats = await self._hypervisor.memory_stats(self._vm.id)
+                return facts.MemoryFailed(at_ms=event.at_ms, error=self._failure(stats))
+        return None
+
+    def _failure(self, stats: MemoryStats) -> ErrorBody:
+        said = stats.error or f"the migration is {stats.status}"
+        return ErrorBody(
+            code="memory-failed",
+            message=f"QEMU could not send the memory of {self._vm.name} to {self._target}: {said}",
+            todo=f"see the agent's log on {self._target}",
+        )
+
+
+def _gone(name: str, event: QemuEvent) -> ErrorBody:
+    said = event.data.get("reason") or event.data.get("error") or "it ended by itself"
+    return ErrorBody(code="qemu-gone", message=f"the QEMU of {name} is gone: {said}", todo="see its log")

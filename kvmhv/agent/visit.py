@@ -1,0 +1,100 @@
+"""Another agent's connection about a move that this host has no open state of: questions, an offer, or a late word."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from kvmhv.agent.link import Link
+from kvmhv.agent.runner import Runner
+from kvmhv.core import recover
+from kvmhv.errors import KvmhvError
+from kvmhv.messages import Abort, Answer, AnyMessage, Enquire, FilesSent, Finished, Grant, MirrorsEnded, Offer, Refused
+from kvmhv.model import ErrorBody, Inventory, MoveReport, Outcome
+from kvmhv.ports import Clock, PeerConnection
+from kvmhv.wire.session import SOURCE, TARGET, Hello
+
+log = structlog.get_logger(__name__)
+
+LATE_MESSAGES = (Grant, Abort, MirrorsEnded, FilesSent)
+"""What a source says only to a target that was once ready: it must have an answer, even from one that forgot."""
+
+
+class Visit:
+    """Serves one such connection until it ends. An accepted offer hands the connection over to the new runner."""
+
+    def __init__(
+        self,
+        connection: PeerConnection,
+        hello: Hello,
+        own_name: str,
+        clock: Clock,
+        ended: MoveReport | None,
+        inventory: Callable[[Enquire], Awaitable[Inventory]],
+        accept: Callable[[Offer, Link], Awaitable[Runner]],
+    ) -> None:
+        """`hello` is the visitor's; `ended` the report of the move if it has ended here."""
+        self._connection = connection
+        self._hello = hello
+        self._host = own_name
+        self._ended = ended
+        self._inventory = inventory
+        self._accept = accept
+        self._tasks: set[asyncio.Task[None]] = set()
+        own_role = TARGET if hello.role == SOURCE else SOURCE
+        own_hello = Hello(move_id=hello.move_id, host=own_name, role=own_role, epoch=hello.epoch)
+        self.link = Link(own_hello, clock, self._connected, self._lost, self._heard)
+
+    async def serve(self, first_frame: bytes) -> None:
+        """Talk until the connection ends."""
+        try:
+            await self.link.serve(self._connection, first_frame)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _connected(self) -> None:
+        if self._ended is None:
+            return
+        if self._hello.role == SOURCE:
+            self.link.send(recover.answer_as_target(self._ended, self._hello.epoch, self._host))
+        elif self._ended.outcome is Outcome.DONE:
+            self.link.send(Finished(epoch=self._hello.epoch, report=self._ended))
+        else:
+            error = self._ended.error or ErrorBody(code="move-ended", message="the move had ended", todo="")
+            self.link.send(Abort(epoch=self._hello.epoch, error=error))
+
+    def _lost(self, error: KvmhvError) -> None:
+        pass
+
+    def _heard(self, message: AnyMessage) -> None:
+        if isinstance(message, Enquire):
+            self._spawn(self._answer(message))
+        elif isinstance(message, Offer):
+            self._spawn(self._take(message))
+        elif isinstance(message, LATE_MESSAGES):
+            self.link.send(recover.answer_as_target(self._ended, self._hello.epoch, self._host))
+
+    async def _answer(self, message: Enquire) -> None:
+        try:
+            self.link.send(Answer(inventory=await self._inventory(message)))
+        except KvmhvError as error:
+            self._refuse(self._hello.epoch, error)
+
+    async def _take(self, message: Offer) -> None:
+        try:
+            runner = await self._accept(message, self.link)
+        except KvmhvError as error:
+            self._refuse(message.epoch, error)
+        else:
+            self.link.attach(runner.connected, runner.lost, runner.heard)
+
+    def _refuse(self, epoch: int, error: KvmhvError) -> None:
+        log.warning("refused a move", source=self._hello.host, move=self._hello.move_id, error=str(error))
+        self.link.send(Refused(epoch=epoch, error=error.body()))
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
