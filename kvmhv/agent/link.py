@@ -1,7 +1,7 @@
 """One move's connection to the other agent, made again when it breaks. It knows sessions, not moves.
 
-Either side may connect. What is sent goes over the newest connection, what arrives over any counts. What is sent without
-a connection is dropped: the machines repeat what matters once PeerConnected arrives.
+Either side may connect. What is sent goes over the newest connection, what arrives over any counts. What is sent
+without a connection is dropped: the machines repeat what matters once PeerConnected arrives.
 """
 
 import asyncio
