@@ -82,10 +82,18 @@ class Gate:
         if certificate is not None:
             # Asked again for every request: the trust may have been removed since the connection was made.
             host = self._trust.host_of(fingerprint_of_der(certificate))
-            return Caller(Kind.HOST, host.name, ip) if host is not None else Caller(Kind.NOBODY, "untrusted", ip)
+            return (
+                Caller(Kind.HOST, host.name, ip)
+                if host is not None
+                else Caller(Kind.NOBODY, "whose certificate is trusted no longer", ip)
+            )
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         name = self._tokens.name_of(token.strip()) if scheme.lower() == "bearer" else None
-        return Caller(Kind.TOKEN, name, ip) if name is not None else Caller(Kind.NOBODY, "nobody", ip)
+        return (
+            Caller(Kind.TOKEN, name, ip)
+            if name is not None
+            else Caller(Kind.NOBODY, "without certificate or token", ip)
+        )
 
     def check(self, caller: Caller, access: Access) -> None:
         """Let the caller in, or raise Refused `peer-untrusted` or `not-authorised` (401)."""

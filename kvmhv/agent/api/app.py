@@ -65,8 +65,7 @@ def _handler(route: Route, services: Services, gate: Gate) -> WebHandler:
             services.metrics.peer_refused("unauthorised")
             log.warning("request refused", caller=str(caller), path=request.path[:200], error=error.code)
             raise
-        if route.method != "GET":
-            _note(request, caller)
+        _note(request, caller)
         body = await _body(route, request) if route.request is not None else None
         result = await route.handler(services, Call(request, caller, body))
         if isinstance(result, web.StreamResponse):
@@ -125,4 +124,5 @@ async def _note_started(request: web.Request, response: web.StreamResponse) -> N
 
 
 def _note(request: web.Request, caller: Caller) -> None:
-    log.info("request", method=request.method, path=request.path[:200], caller=caller_text(caller, request))
+    say = log.debug if request.method == "GET" else log.info
+    say("request", method=request.method, path=request.path[:200], caller=caller_text(caller, request))

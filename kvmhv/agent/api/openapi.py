@@ -39,7 +39,7 @@ def document(routes: tuple[Route, ...], version: str) -> dict[str, Any]:
             if kind is not None:
                 kinds[str(kind)] = kind
     kinds[str(ErrorBody)] = ErrorBody
-    schemas, components = msgspec.json.schema_components(list(kinds.values()), ref_template=REF)
+    schemas, components = msgspec.json.schema_components(list(kinds.values()), schema_hook=_anything, ref_template=REF)
     schema_of = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
@@ -56,6 +56,12 @@ def document(routes: tuple[Route, ...], version: str) -> dict[str, Any]:
             },
         },
     }
+
+
+def _anything(kind: type) -> dict[str, Any]:
+    if kind is object:  # a value of any kind: the settings' values
+        return {"description": "A boolean, a number, a text or a list of texts."}
+    raise NotImplementedError(kind)
 
 
 def _operation(route: Route, schema_of: dict[str, Any]) -> dict[str, Any]:
