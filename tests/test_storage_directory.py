@@ -132,7 +132,7 @@ async def test_only_the_default_location_is_made(disks: Directories, root: Path,
         await disks.create(raw("web01/disk0.raw", "gone"), MIB, None)
     assert failed.value.code == "location-missing"
     assert not (tmp_path / "gone").exists()
-    root.rmdir()
+    root.rmdir()  # noqa: ASYNC240
     await disks.create(raw("web01/disk0.raw"), MIB, None)
 
 
