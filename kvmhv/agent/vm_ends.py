@@ -1,7 +1,6 @@
 """QEMUs that end without being asked: the guest that switches itself off, the crash, the end that no agent saw."""
 
 import asyncio
-from pathlib import Path
 
 import msgspec
 import structlog
@@ -9,6 +8,7 @@ import structlog
 from kvmhv.agent.vm_claims import Claims
 from kvmhv.agent.vm_records import VmRecord, VmRecords
 from kvmhv.agent.vm_taps import VmTaps
+from kvmhv.drivers.host import boot_id
 from kvmhv.errors import CallerError, KvmhvError, Refused
 from kvmhv.model import Struct
 from kvmhv.ports import Hypervisor, QemuEvent
@@ -95,8 +95,3 @@ class VmEnds:
             log.info("vm ended", vm=record.vm.name, crashed=not end.guest_off, reason=end.reason)
         self.forget(record.vm.id)
         await self._taps.drop(record.vm)
-
-
-def boot_id() -> str:
-    """Return the id of the host's present boot."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

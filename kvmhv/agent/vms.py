@@ -17,11 +17,12 @@ import msgspec
 from kvmhv.agent.images import Images
 from kvmhv.agent.vm_claims import Claims
 from kvmhv.agent.vm_disks import ImageDisks, VmDisks
-from kvmhv.agent.vm_ends import VmEnds, boot_id
+from kvmhv.agent.vm_ends import VmEnds
 from kvmhv.agent.vm_records import VmRecord, VmRecords
 from kvmhv.agent.vm_taps import VmTaps
 from kvmhv.config import Config
 from kvmhv.core import vm_spec
+from kvmhv.drivers.host import boot_id, cpu_count
 from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
 from kvmhv.model import DirectKernel, Vm, VmDetails, VmSpec, VmState, VmSummary
 from kvmhv.ports import Hypervisor, Network, Records, RunState
@@ -329,7 +330,7 @@ class Vms:
         vms = (*self.defined(), *self._claims.arriving())
         return vm_spec.HostFacts(
             host=self._config.name,
-            cpus=len(os.sched_getaffinity(0)),
+            cpus=cpu_count(),
             memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             machines=qemu.machines,
             cpu_models=tuple(qemu.cpu_models),
