@@ -13,7 +13,7 @@ import msgspec
 from kvmhv.errors import HostError
 from kvmhv.lab import processes
 from kvmhv.lab.plan import namespace
-from kvmhv.lab.state import boot_log
+from kvmhv.lab.state import DATA_DIR, boot_log
 
 REQUEST_TIMEOUT_S = 15.0
 READY_TIMEOUT_S = 30.0
@@ -76,7 +76,7 @@ def wait_ready(lab: str, host: str) -> None:
         gone = waited_s > _GRACE_S and not processes.in_namespace(namespace(lab, host))
         if gone or waited_s > READY_TIMEOUT_S:
             said = tail(boot_log(lab, host)) or "it said nothing"
-            todo = "run `kvmhv lab down` and try again; the lab needs root and a kernel with overlayfs and namespaces"
+            todo = f"a lab needs root, a kernel with overlayfs and namespaces, and {DATA_DIR} on ext4, xfs or btrfs"
             raise HostError("lab-boot", f"host {host!r} did not come up: {said}", todo, host=host)
         time.sleep(0.02)
 

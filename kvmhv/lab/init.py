@@ -5,7 +5,7 @@ Runs in the host's tree, standard library only. The agent is started at boot whe
 and die with the host. An agent that gives up by itself ten times in a row, each time within a second, is left alone.
 
 Requests come over a UNIX socket, one JSON object a line: {"do": "status"} or agent-start, agent-stop, agent-kill;
-the answer is {"agent": {"wanted", "pid", "starts", "gave_up"}}, for a stop when the agent has ended.
+the answer is {"agent": {"wanted", "pid", "starts", "gave_up"}}, for a stop or a kill when the agent has ended.
 """
 
 import json
@@ -195,7 +195,7 @@ class Init:
         actions = {"agent-start": self.agent.want, "agent-stop": self.agent.stop, "agent-kill": self.agent.kill}
         if request in actions:
             actions[request]()
-        if request == "agent-stop" and self.agent.pid is not None:
+        if request in {"agent-stop", "agent-kill"} and self.agent.pid is not None:
             self.waiting.append(connection)
         else:
             self.answer(connection)

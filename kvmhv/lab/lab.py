@@ -228,8 +228,12 @@ class LabHost:
         return control.ask(self.lab.name, self.name, "status")
 
     def agent_kill(self) -> None:
-        """Kill the agent as a crash would; PID 1 starts it again 0.2 s later. Its VMs run on."""
+        """Kill the agent as a crash would; it is dead on return and started again 0.2 s later. Its VMs run on."""
         control.ask(self.lab.name, self.name, "agent-kill")
+
+    def agent_wait(self) -> None:
+        """Wait until the agent answers on its socket; HostError `lab-agent` when it does not in 60 s."""
+        agents.wait_agent(self.lab.name, self.name)
 
     def agent_stop(self) -> None:
         """Stop the agent and wait for its end (it is killed after 10 s); it stays stopped. Its VMs run on."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from kvmhv.errors import CallerError, HostError
 from kvmhv.lab import lab as labs
 from kvmhv.lab import network, processes, tree
 from kvmhv.lab import state as states
+from kvmhv.lab.control import AgentStatus
 from kvmhv.lab.lab import Lab, LabHost
 from kvmhv.lab.plan import namespace
 from kvmhv.lab.steps import run_step
@@ -238,6 +240,73 @@ def test_up_and_down_leave_the_machine_as_it_was(_lab_ground: None) -> None:
         lab.down()
     assert lab.leftovers() == []
     assert machine_facts() == before
+
+
+def kvmhv(host: LabHost, *arguments: str) -> Any:
+    return msgspec.json.decode(host.exec(["kvmhv", *arguments, "--json"]).stdout)
+
+
+def test_the_agents_answer_trust_each_other_and_allow_moves(lab: Lab) -> None:
+    assert lab.host("client").agent_status() == AgentStatus(wanted=False, pid=None, starts=0, gave_up=False)
+    for name, other in (("host1", "host2"), ("host2", "host1")):
+        report = kvmhv(lab.host(name), "host", "show")
+        assert report["name"] == name
+        assert [trusted["name"] for trusted in report["trusted"]] == [other]
+        assert report["settings"]["migration.enabled"] is True
+        assert report["settings"]["migration.networks"] == ["10.77.2.0/24"]
+
+
+def test_the_machine_reaches_an_agent_by_its_hosts_name(lab: Lab) -> None:
+    environment = {**os.environ, "KVMHV_LAB": lab.name}
+    for name in ("host1", "host2"):
+        command = [sys.executable, "-m", "kvmhv", "--host", name, "host", "show", "--json"]
+        done = subprocess.run(command, capture_output=True, env=environment, check=True)
+        assert msgspec.json.decode(done.stdout)["name"] == name
+        assert states.socket_of(lab.name, name) == lab.host(name).socket
+
+
+def test_a_killed_agent_comes_back_and_a_stopped_one_stays_away(lab: Lab) -> None:
+    host = lab.host("host1")
+    before = host.agent_status()
+    bystander = host.exec(["sh", "-c", "setsid sleep 4321 >/dev/null 2>&1 & echo $!"]).stdout.strip()
+    host.agent_kill()
+    host.agent_wait()
+    after = host.agent_status()
+    assert (after.wanted, after.starts) == (True, before.starts + 1)
+    assert after.pid != before.pid
+    host.agent_stop()
+    assert (host.agent_status().wanted, host.agent_status().pid) == (False, None)
+    time.sleep(0.5)
+    assert host.agent_status().pid is None
+    host.agent_start()
+    assert kvmhv(host, "host", "show")["name"] == "host1"
+    host.exec(["kill", bystander])
+    assert "agent ready" in host.agent_log.read_text()
+
+
+def test_agents_know_each_other_after_a_loss_of_power(lab: Lab) -> None:
+    host = lab.host("host2")
+    identity = kvmhv(host, "host", "show")["id"]
+    host.kill()
+    host.boot()
+    report = kvmhv(host, "host", "show")
+    assert report["id"] == identity
+    assert [trusted["name"] for trusted in report["trusted"]] == ["host1"]
+
+
+def test_an_agent_that_cannot_start_is_reported_with_its_log(lab: Lab) -> None:
+    host = lab.host("host1")
+    host.agent_stop()
+    config = host.path("/etc/kvmhv/agent.toml")
+    right = config.read_text()
+    try:
+        config.write_text("no_such_key = 1\n")
+        with pytest.raises(HostError, match=r"(?s)ends as soon as it is started.*no_such_key"):
+            host.agent_start()
+    finally:
+        host.agent_stop()
+        config.write_text(right)
+        host.agent_start()
 
 
 @pytest.fixture
