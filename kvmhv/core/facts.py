@@ -3,6 +3,8 @@
 `at_ms` is the host's monotonic clock when the fact was noticed: the core has no clock of its own.
 """
 
+from typing import TypeVar
+
 from kvmhv.messages import AnyMessage
 from kvmhv.model import ErrorBody, IncomingAddress, Struct
 
@@ -20,6 +22,16 @@ class Received(Fact, frozen=True, kw_only=True):
     """The other agent said something."""
 
     message: AnyMessage
+
+
+MessageType = TypeVar("MessageType")
+
+
+def message_of(fact: Fact, kind: type[MessageType]) -> MessageType:
+    """Return the message that a Received of this kind carries."""
+    assert isinstance(fact, Received)
+    assert isinstance(fact.message, kind)
+    return fact.message
 
 
 class PeerConnected(Fact, frozen=True, kw_only=True):

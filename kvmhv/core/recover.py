@@ -7,12 +7,12 @@ run has not run. Only a target whose host rebooted, which takes the volatile jou
 
 import msgspec
 
-from kvmhv.core import handover, source, target
+from kvmhv.core import handover, source, source_undo, target
 from kvmhv.core.effects import Effect, EndCopy, Journal, NeedOperator, SetTimer, UndoSource, UndoTarget
 from kvmhv.core.facts import QemuGone, Restarted
 from kvmhv.core.handover import SourceHold
-from kvmhv.core.source_state import SourceState, SourceStep, failed_body
-from kvmhv.core.target import TargetState, TargetStep
+from kvmhv.core.source_state import STEP_TIMER, SourceState, SourceStep, failed_body
+from kvmhv.core.target_state import TargetState, TargetStep
 from kvmhv.messages import Owned, Refused, Unknown
 from kvmhv.model import ErrorBody, MoveReport, Outcome
 
@@ -27,17 +27,17 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
         hold = SourceHold(epoch=hold.epoch, right=hold.right, copy_lost=True)
     state = msgspec.structs.replace(state, hold=hold, connected=False)
     if state.step is SourceStep.GRANTED:
-        return state, [SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.grant_s)]
+        return state, [SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
     if state.step is SourceStep.CLEANUP:
-        timer = SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.undo_s)
+        timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
         return msgspec.structs.replace(state, removing=False, copy_ended=False), [timer, EndCopy()]
     if state.step is SourceStep.UNDOING:
-        timer = SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.undo_s)
+        timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
         return state, [timer, UndoSource(timeout_s=state.timeouts.undo_s / 2)]
     if hold.copy_lost and state.step in MAYBE_COMPLETE:
         given, effects = handover.grant(hold, sent=False)
         state = msgspec.structs.replace(state, hold=given, step=SourceStep.GRANTED, guest_runs=False)
-        return state, [*effects, Journal(), SetTimer(name=source.STEP_TIMER, after_s=state.timeouts.grant_s)]
+        return state, [*effects, Journal(), SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
     if hold.copy_lost:
         error = ErrorBody(
             code="qemu-gone",
@@ -48,7 +48,7 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
         return source.step(state, QemuGone(at_ms=found.at_ms, error=error))
     text = f"the agent on {state.source} was restarted in the {state.phase} phase"
     error = failed_body(state, "agent-restarted", text, "move it again", state.source)
-    return source.fail(state, found.at_ms, error)
+    return source_undo.fail(state, found.at_ms, error)
 
 
 def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:

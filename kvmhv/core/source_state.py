@@ -1,10 +1,12 @@
 """What the source knows of its move: the state that source.py steps, the journal keeps and report() shows."""
 
 import enum
+from collections.abc import Callable
 
 import msgspec
 
-from kvmhv.core.facts import PassStarted
+from kvmhv.core.effects import Effect, SetTimer
+from kvmhv.core.facts import Fact, PassStarted
 from kvmhv.core.handover import SourceHold
 from kvmhv.messages import Offer
 from kvmhv.model import (
@@ -128,6 +130,30 @@ class SourceState(Struct, frozen=True, kw_only=True):
     def end_phases(self, at_ms: float) -> "SourceState":
         """Note when the move ended."""
         return msgspec.structs.replace(self, ended_ms=at_ms)
+
+
+Result = tuple[SourceState, list[Effect]]
+Handler = Callable[[SourceState, Fact], Result]
+
+STEP_TIMER = "step"
+"""How long the step may take."""
+IDLE_TIMER = "idle"
+"""How long a phase may go without progress."""
+PEER_TIMER = "peer"
+"""How long the other agent may be out of reach."""
+
+BEFORE_BLACKOUT = (SourceStep.ENQUIRING, SourceStep.OFFERING, SourceStep.STORAGE, SourceStep.MEMORY)
+UNDOABLE = (*BEFORE_BLACKOUT, SourceStep.STOPPING, SourceStep.SWITCHING)
+
+
+def update(state: SourceState, **changes: object) -> SourceState:
+    """Return the state with some of its fields changed."""
+    return msgspec.structs.replace(state, **changes)
+
+
+def enter(state: SourceState, to: SourceStep, timeout_s: float, **changes: object) -> Result:
+    """Go to a step that may take so long."""
+    return update(state, step=to, **changes), [SetTimer(name=STEP_TIMER, after_s=timeout_s)]
 
 
 def failed_body(state: SourceState, code: str, text: str, todo: str, host: str) -> ErrorBody:

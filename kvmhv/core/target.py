@@ -8,12 +8,6 @@ Once all is loaded (`transferred`) the target never gives the VM up by itself: t
 the only copy. It waits for the grant or for the source's abort, and tells the operator.
 """
 
-import enum
-from collections.abc import Callable
-from typing import TypeVar
-
-import msgspec
-
 from kvmhv.core import facts, handover
 from kvmhv.core.effects import (
     Adopt,
@@ -28,7 +22,18 @@ from kvmhv.core.effects import (
     UndoTarget,
     Unexport,
 )
-from kvmhv.core.handover import TargetHold, TargetRight
+from kvmhv.core.handover import TargetRight
+from kvmhv.core.target_state import (
+    BEFORE_RUN,
+    PEER_TIMER,
+    STEP_TIMER,
+    Handler,
+    Result,
+    TargetState,
+    TargetStep,
+    report,
+    update,
+)
 from kvmhv.messages import (
     Abort,
     FilesSent,
@@ -43,62 +48,9 @@ from kvmhv.messages import (
     Running,
     Unknown,
 )
-from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Outcome, Phase, Plan, Struct, Vm
+from kvmhv.model import ErrorBody, Outcome
 
-
-class TargetStep(enum.StrEnum):
-    """Where the target is."""
-
-    RECEIVING = "receiving"
-    PREPARING = "preparing"
-    WAITING = "waiting"
-    STARTING = "starting"
-    SETTLING = "settling"
-    UNDOING = "undoing"
-    STANDING = "standing"
-    ENDED = "ended"
-
-
-class TargetState(Struct, frozen=True, kw_only=True):
-    """Immutable; step makes the next one. Journalled whole."""
-
-    move_id: str
-    source: str
-    target: str
-    plan: Plan
-    psk_hex: str
-    hold: TargetHold
-    started_wall_s: float
-    volatile_id: str
-    """Names the volatile journal in which this move began; another one after a reboot."""
-
-    step: TargetStep = TargetStep.RECEIVING
-    outcome: Outcome = Outcome.RUNNING
-    failure: ErrorBody | None = None
-    connected: bool = True
-    address: IncomingAddress | None = None
-    mirrors_ended: bool = False
-    unexported: bool = False
-    transferred: bool = False
-    granted_epoch: int | None = None
-    resumed_ms: float | None = None
-    adopted: bool = False
-    warnings: tuple[str, ...] = ()
-    source_report: MoveReport | None = None
-
-    @property
-    def vm(self) -> Vm:
-        """The VM as it will be here."""
-        return self.plan.target_vm
-
-
-Result = tuple[TargetState, list[Effect]]
-Handler = Callable[[TargetState, facts.Fact], Result]
-
-STEP_TIMER = "step"
-PEER_TIMER = "peer"
-
-BEFORE_RUN = (TargetStep.RECEIVING, TargetStep.PREPARING, TargetStep.WAITING)
+__all__ = ["PEER_TIMER", "STEP_TIMER", "TargetState", "TargetStep", "adopt", "refuse", "report", "step"]
 
 
 def step(state: TargetState, fact: facts.Fact) -> Result:
@@ -124,10 +76,6 @@ def _check(state: TargetState) -> None:
         assert (right is TargetRight.OWNS) == (state.outcome is Outcome.DONE)
 
 
-def _set(state: TargetState, **changes: object) -> TargetState:
-    return msgspec.structs.replace(state, **changes)
-
-
 # --- getting ready
 
 
@@ -146,14 +94,14 @@ def _files_sent(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _prepare(state: TargetState) -> Result:
-    after = _set(state, step=TargetStep.PREPARING)
+    after = update(state, step=TargetStep.PREPARING)
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.prepare_s)
     return after, [Journal(), timer, Prepare(plan=state.plan)]
 
 
 def _incoming_ready(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.IncomingReady)
-    state = _set(state, step=TargetStep.WAITING, address=fact.address, unexported=not state.plan.disk_copies)
+    state = update(state, step=TargetStep.WAITING, address=fact.address, unexported=not state.plan.disk_copies)
     limit_s = state.plan.timeouts.storage_s + state.plan.timeouts.memory_s
     timer = SetTimer(name=STEP_TIMER, after_s=limit_s)
     return state, [Journal(), timer, Send(message=Ready(epoch=state.hold.epoch, address=fact.address))]
@@ -163,24 +111,24 @@ def _incoming_ready(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _mirrors_ended(state: TargetState, fact: facts.Fact) -> Result:
-    if state.mirrors_ended or _message(fact, MirrorsEnded).epoch != state.hold.epoch:
+    if state.mirrors_ended or facts.message_of(fact, MirrorsEnded).epoch != state.hold.epoch:
         return state, []
-    return _set(state, mirrors_ended=True), [Unexport()] if state.plan.disk_copies else []
+    return update(state, mirrors_ended=True), [Unexport()] if state.plan.disk_copies else []
 
 
 def _unexported(state: TargetState, fact: facts.Fact) -> Result:
-    return _run_when_granted(_set(state, unexported=True))
+    return _run_when_granted(update(state, unexported=True))
 
 
 def _loaded(state: TargetState, fact: facts.Fact) -> Result:
-    return _run_when_granted(_set(state, transferred=True))
+    return _run_when_granted(update(state, transferred=True))
 
 
 def _grant(state: TargetState, fact: facts.Fact) -> Result:
-    message = _message(fact, Grant)
+    message = facts.message_of(fact, Grant)
     if message.epoch != state.hold.epoch:
         return state, []
-    return _run_when_granted(_set(state, granted_epoch=message.epoch))
+    return _run_when_granted(update(state, granted_epoch=message.epoch))
 
 
 def _run_when_granted(state: TargetState) -> Result:
@@ -189,13 +137,13 @@ def _run_when_granted(state: TargetState) -> Result:
     hold, effects = handover.run_at_target(
         state.hold, state.vm.id, granted_epoch=state.granted_epoch, loaded=state.transferred
     )
-    after = _set(state, hold=hold, step=TargetStep.STARTING, outcome=Outcome.RUNNING, failure=None)
+    after = update(state, hold=hold, step=TargetStep.STARTING, outcome=Outcome.RUNNING, failure=None)
     return after, [*effects, SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s)]
 
 
 def _runs(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.GuestRuns)
-    after = _set(state, step=TargetStep.SETTLING, resumed_ms=fact.resumed_ms)
+    after = update(state, step=TargetStep.SETTLING, resumed_ms=fact.resumed_ms)
     return after, [
         Send(message=Running(epoch=state.hold.epoch, resumed_ms=fact.resumed_ms)),
         *adopt(after),
@@ -211,18 +159,18 @@ def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
     """The Cont failed, or QEMU died under it: the VM is this host's all the same, and stopped here."""
     assert isinstance(fact, facts.Failed | facts.QemuGone | facts.TimerFired)
     text = "QEMU did not say that the guest runs" if isinstance(fact, facts.TimerFired) else fact.error.message
-    state = _set(state, step=TargetStep.SETTLING, warnings=(*state.warnings, text))
+    state = update(state, step=TargetStep.SETTLING, warnings=(*state.warnings, text))
     return state, adopt(state)
 
 
 def _adopted(state: TargetState, fact: facts.Fact) -> Result:
-    state = _set(state, adopted=True)
+    state = update(state, adopted=True)
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s + state.plan.timeouts.reconnect_s)
     return state, [Journal(), timer, Send(message=Owned(epoch=state.hold.epoch))]
 
 
 def _finished(state: TargetState, fact: facts.Fact) -> Result:
-    return _end_owning(_set(state, source_report=_message(fact, Finished).report))
+    return _end_owning(update(state, source_report=facts.message_of(fact, Finished).report))
 
 
 def _settled(state: TargetState, fact: facts.Fact) -> Result:
@@ -235,7 +183,7 @@ def _settled(state: TargetState, fact: facts.Fact) -> Result:
 def _end_owning(state: TargetState) -> Result:
     if not state.adopted:
         return state, []
-    state = _set(state, step=TargetStep.ENDED, outcome=Outcome.DONE, failure=None)
+    state = update(state, step=TargetStep.ENDED, outcome=Outcome.DONE, failure=None)
     return state, [Finish(report=report(state))]
 
 
@@ -244,19 +192,19 @@ def _end_owning(state: TargetState) -> Result:
 
 def refuse(state: TargetState, error: ErrorBody) -> Result:
     """Refuse for good: what was made is taken back, then it is said."""
-    state = _set(state, hold=handover.refuse(state.hold), step=TargetStep.UNDOING, failure=error)
+    state = update(state, hold=handover.refuse(state.hold), step=TargetStep.UNDOING, failure=error)
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)
     return state, [Journal(), timer, UndoTarget(plan=state.plan)]
 
 
 def _undone(state: TargetState, fact: facts.Fact) -> Result:
     warnings = fact.warnings if isinstance(fact, facts.Undone) else ()
-    return _end_refused(_set(state, warnings=(*state.warnings, *warnings)))
+    return _end_refused(update(state, warnings=(*state.warnings, *warnings)))
 
 
 def _undo_failed(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.Failed)
-    return _end_refused(_set(state, warnings=(*state.warnings, fact.error.message)))
+    return _end_refused(update(state, warnings=(*state.warnings, fact.error.message)))
 
 
 def _undo_again(state: TargetState, fact: facts.Fact) -> Result:
@@ -268,13 +216,13 @@ def _end_refused(state: TargetState) -> Result:
     error = state.failure
     assert error is not None
     outcome = Outcome.CANCELLED if error.code == "cancelled" else Outcome.FAILED
-    state = _set(state, step=TargetStep.ENDED, outcome=outcome)
+    state = update(state, step=TargetStep.ENDED, outcome=outcome)
     refused = Refused(epoch=state.hold.epoch, error=error)
     return state, [Journal(), Send(message=refused), Finish(report=report(state))]
 
 
 def _aborted(state: TargetState, fact: facts.Fact) -> Result:
-    message = _message(fact, Abort)
+    message = facts.message_of(fact, Abort)
     if message.epoch != state.hold.epoch:
         return state, []
     return refuse(state, message.error)
@@ -315,7 +263,7 @@ def _timeout(state: TargetState, fact: facts.Fact) -> Result:
             host=state.target,
             exit_status=5,
         )
-        return _set(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [NeedOperator(error=error)]
+        return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [NeedOperator(error=error)]
     lost = fact.name == PEER_TIMER
     error = ErrorBody(
         code="peer-lost" if lost else "timeout",
@@ -331,7 +279,7 @@ def _timeout(state: TargetState, fact: facts.Fact) -> Result:
 
 def _connected(state: TargetState, fact: facts.Fact) -> Result:
     """Say again what the source may lack."""
-    state = _set(state, connected=True)
+    state = update(state, connected=True)
     effects: list[Effect] = [ClearTimer(name=PEER_TIMER)]
     if state.step is TargetStep.RECEIVING:
         effects.append(Send(message=FilesWanted()))
@@ -351,57 +299,8 @@ def _offered_again(state: TargetState, fact: facts.Fact) -> Result:
 
 def _peer_lost(state: TargetState, fact: facts.Fact) -> Result:
     if not state.connected or state.step not in BEFORE_RUN:
-        return _set(state, connected=False), []  # one more attempt failed: the timer runs already
-    return _set(state, connected=False), [SetTimer(name=PEER_TIMER, after_s=state.plan.timeouts.reconnect_s)]
-
-
-MessageType = TypeVar("MessageType")
-
-
-def _message(fact: facts.Fact, kind: type[MessageType]) -> MessageType:
-    assert isinstance(fact, facts.Received)
-    assert isinstance(fact.message, kind)
-    return fact.message
-
-
-def report(state: TargetState) -> MoveReport:
-    """Return the move as people see it on the target: the source's own report where it has arrived."""
-    if state.source_report is not None:
-        return msgspec.structs.replace(
-            state.source_report, direction="in", warnings=(*state.source_report.warnings, *state.warnings)
-        )
-    vm = state.vm
-    phase = Phase.CLEANUP if state.step in (TargetStep.SETTLING, TargetStep.ENDED) else Phase.SETUP
-    if state.step in (TargetStep.WAITING, TargetStep.STARTING):
-        phase = Phase.STATE if state.mirrors_ended or state.transferred else Phase.MEMORY
-    return MoveReport(
-        id=state.move_id,
-        vm=vm.name,
-        vm_id=vm.id,
-        source=state.source,
-        target=state.target,
-        direction="in",
-        mode=state.plan.mode,
-        outcome=Outcome.RUNNING if state.step is TargetStep.UNDOING else state.outcome,
-        reason=state.failure.message if state.failure else None,
-        error=state.failure,
-        phase=phase,
-        phases=(),
-        passes=(),
-        switchover=None,
-        blackout_ms=None,
-        blackout_uncertainty_ms=None,
-        memory_bytes=0,
-        disk_bytes=0,
-        findings=(),
-        progress=1.0 if state.outcome is Outcome.DONE else 0.0,
-        remaining_bytes=0,
-        storage_total_bytes=0,
-        storage_copied_bytes=0,
-        warnings=state.warnings,
-        started_at=state.started_wall_s,
-        ended_at=None,
-    )
+        return update(state, connected=False), []  # one more attempt failed: the timer runs already
+    return update(state, connected=False), [SetTimer(name=PEER_TIMER, after_s=state.plan.timeouts.reconnect_s)]
 
 
 # --- the table

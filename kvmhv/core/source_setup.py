@@ -1,0 +1,161 @@
+"""The source before the blackout: the check, the offer, disks and memory going over while the guest runs."""
+
+from kvmhv.core import checks, facts, plan, precopy, source_switchover, source_undo
+from kvmhv.core.effects import (
+    ClearTimer,
+    Effect,
+    Journal,
+    MirrorDisks,
+    Send,
+    SendFiles,
+    SendMemory,
+    SetTimer,
+    StopGuest,
+)
+from kvmhv.core.source_state import IDLE_TIMER, STEP_TIMER, Result, SourceState, SourceStep, enter, update
+from kvmhv.messages import Answer, FilesSent, Ready
+from kvmhv.model import ErrorBody, Outcome, Phase, Severity
+
+
+def started(state: SourceState, fact: facts.Fact) -> Result:
+    """Begin: the VM is claimed, nothing is said yet."""
+    state = state.begin_phase(Phase.SETUP, fact.at_ms)
+    return state, [Journal(), SetTimer(name=STEP_TIMER, after_s=state.timeouts.answer_s)]
+
+
+def answered(state: SourceState, fact: facts.Fact) -> Result:
+    """Check and plan with the target's inventory, then offer; a refusal or a finding ends the move, nothing is made."""
+    message = facts.message_of(fact, Answer)
+    if message.inventory.refusal is not None:
+        refusal = message.inventory.refusal
+        error = ErrorBody(
+            code=refusal.code,
+            message=refusal.text,
+            todo=f"on {refusal.host}: kvmhv host set {refusal.setting}=..." if refusal.setting else "",
+            host=refusal.host,
+            exit_status=4,
+        )
+        return source_undo.end(state, fact.at_ms, Outcome.FAILED, error)
+    findings = checks.check(state.vm, state.request, state.inventory, message.inventory)
+    state = update(state, findings=findings)
+    if any(finding.severity is Severity.ERROR for finding in findings):
+        error = ErrorBody(
+            code="incompatible",
+            message=f"the VM cannot move to {state.target}: "
+            + "; ".join(finding.text for finding in findings if finding.severity is Severity.ERROR),
+            todo="mend each finding and try again",
+            host=state.target,
+            exit_status=3,
+            findings=findings,
+        )
+        return source_undo.end(state, fact.at_ms, Outcome.FAILED, error)
+    made = plan.make(
+        state.vm,
+        state.request,
+        state.rule,
+        state.timeouts,
+        state.inventory,
+        message.inventory,
+        state.throughput_bytes_per_s,
+    )
+    state = update(state, plan=made)
+    after, effects = enter(state, SourceStep.OFFERING, state.timeouts.prepare_s)
+    return after, [Journal(), *effects, Send(message=after.offer())]
+
+
+def files_wanted(state: SourceState, fact: facts.Fact) -> Result:
+    """The target has let the offer in and lacks the kernel files."""
+    return state, [SendFiles()]
+
+
+def files_uploaded(state: SourceState, fact: facts.Fact) -> Result:
+    """The kernel files are there: say so."""
+    state = update(state, files_sent=True)
+    return state, [Send(message=FilesSent())]
+
+
+def ready(state: SourceState, fact: facts.Fact) -> Result:
+    """The target listens: disks first, if any travel."""
+    message = facts.message_of(fact, Ready)
+    if message.epoch != state.hold.epoch:
+        return state, []
+    state = update(state, address=message.address)
+    made = state.planned()
+    if not made.disk_copies:
+        return _begin_memory(state, fact.at_ms)
+    state = state.begin_phase(Phase.STORAGE, fact.at_ms)
+    after, effects = enter(state, SourceStep.STORAGE, state.timeouts.storage_s)
+    return after, [
+        Journal(),
+        *effects,
+        SetTimer(name=IDLE_TIMER, after_s=state.timeouts.storage_idle_s),
+        MirrorDisks(plan=made, address=message.address),
+    ]
+
+
+# --- storage and memory
+
+
+def mirror_progress(state: SourceState, fact: facts.Fact) -> Result:
+    """Note what was copied; as long as bytes go over the phase is not idle."""
+    assert isinstance(fact, facts.MirrorProgress)
+    if fact.copied_bytes <= state.copied_bytes:
+        return state, []
+    after = update(state, copied_bytes=fact.copied_bytes, disk_total_bytes=fact.total_bytes)
+    return after, [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.storage_idle_s)]
+
+
+def mirrors_ready(state: SourceState, fact: facts.Fact) -> Result:
+    """From here on each write goes to both sides; memory may go."""
+    assert isinstance(fact, facts.MirrorsReady)
+    return _begin_memory(update(state, copied_bytes=fact.copied_bytes), fact.at_ms)
+
+
+def _begin_memory(state: SourceState, at_ms: float) -> Result:
+    """Start the passes."""
+    address = state.address
+    assert address is not None
+    state = state.begin_phase(Phase.MEMORY, at_ms)
+    after, effects = enter(state, SourceStep.MEMORY, state.timeouts.memory_s)
+    return after, [
+        Journal(),
+        *effects,
+        SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s),
+        SendMemory(plan=state.planned(), address=address),
+    ]
+
+
+def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
+    """Note what was sent; as long as pages go over the phase is not idle."""
+    assert isinstance(fact, facts.MemoryProgress)
+    moved = fact.sent_bytes > state.memory_sent_bytes
+    after = update(
+        state,
+        memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
+        memory_remaining_bytes=fact.remaining_bytes,
+        memory_total_bytes=fact.total_bytes,
+    )
+    idle: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
+    return after, idle if moved and state.step is SourceStep.MEMORY else []
+
+
+def pass_started(state: SourceState, fact: facts.Fact) -> Result:
+    """Keep the pass that is complete, and pull the lever if the rule says so."""
+    assert isinstance(fact, facts.PassStarted)
+    passes = state.passes
+    if state.pass_begun is not None and fact.number > state.pass_begun.number:
+        passes = (*passes, precopy.complete_pass(state.pass_begun, fact))
+    state = update(
+        state,
+        passes=passes,
+        pass_begun=fact,
+        memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
+        memory_remaining_bytes=fact.remaining_bytes,
+        memory_total_bytes=fact.total_bytes,
+    )
+    effects: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
+    switchover = precopy.decide(state.rule, fact)
+    if switchover is None:
+        return state, effects
+    state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False)
+    return state, [StopGuest(), ClearTimer(name=IDLE_TIMER), *source_switchover.blackout_timer(state)]

@@ -1,0 +1,173 @@
+"""The source in the blackout and after it: the last pass, the grant, the proof, the clean-up.
+
+No journal on disk and no round trip lies between the guest's stop here and its run at the target, but the grant itself.
+"""
+
+from kvmhv.core import facts, handover, precopy
+from kvmhv.core.effects import (
+    ClearTimer,
+    ContinueSwitchover,
+    Effect,
+    EndCopy,
+    Finish,
+    FinishMirrors,
+    Journal,
+    NeedOperator,
+    RemoveCopy,
+    Send,
+    SetTimer,
+)
+from kvmhv.core.handover import SourceRight
+from kvmhv.core.source_state import IDLE_TIMER, STEP_TIMER, Result, SourceState, SourceStep, enter, report, update
+from kvmhv.messages import Finished, MirrorsEnded, Owned, Running
+from kvmhv.model import ErrorBody, Outcome, Phase
+
+
+def blackout_timer(state: SourceState) -> list[Effect]:
+    """Bound the blackout from the guest's stop to the end of the transfer."""
+    return [SetTimer(name=STEP_TIMER, after_s=state.timeouts.switchover_s)]
+
+
+def guest_stopped(state: SourceState, fact: facts.Fact) -> Result:
+    """The blackout has begun: end the mirrors, or go on if no disk travels."""
+    assert isinstance(fact, facts.GuestStopped)
+    state = update(state, stopped_ms=fact.told_ms).begin_phase(Phase.STATE, fact.told_ms)
+    if state.planned().disk_copies:
+        return state, [FinishMirrors()]
+    return _continue_when_ready(update(state, mirrors_finished=True))
+
+
+def converged(state: SourceState, fact: facts.Fact) -> Result:
+    """QEMU reached its switchover by itself: so little was left that it did not wait for the lever."""
+    complete = state.pass_begun.number if state.pass_begun else 1
+    switchover = precopy.converged(complete)
+    state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False, pre_switchover=True)
+    after, effects = guest_stopped(state, facts.GuestStopped(at_ms=fact.at_ms, told_ms=fact.at_ms))
+    return after, [*effects, ClearTimer(name=IDLE_TIMER), *blackout_timer(after)]
+
+
+def pre_switchover(state: SourceState, fact: facts.Fact) -> Result:
+    """QEMU waits with the device state."""
+    return _continue_when_ready(update(state, pre_switchover=True))
+
+
+def mirrors_finished(state: SourceState, fact: facts.Fact) -> Result:
+    """Nobody writes to the exports any more: the target may close them meanwhile."""
+    after, effects = _continue_when_ready(update(state, mirrors_finished=True))
+    return after, [*effects, Send(message=MirrorsEnded(epoch=state.hold.epoch))]
+
+
+def _continue_when_ready(state: SourceState) -> Result:
+    if not (state.pre_switchover and state.mirrors_finished):
+        return state, []
+    return update(state, step=SourceStep.SWITCHING), [ContinueSwitchover()]
+
+
+def memory_sent(state: SourceState, fact: facts.Fact) -> Result:
+    """Everything is sent and acknowledged: the VM can be given away."""
+    state = update(state, memory_sent=True)
+    if not state.connected:
+        return state, []  # nobody to grant it to: the step's timer decides
+    return grant_it(state)
+
+
+def grant_it(state: SourceState) -> Result:
+    """Give the VM away and wait for the proof."""
+    hold, effects = handover.grant(state.hold, sent=state.memory_sent)
+    after = update(state, hold=hold, step=SourceStep.GRANTED, guest_runs=False)
+    return after, [*effects, SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
+
+
+def granted_too_long(state: SourceState, fact: facts.Fact) -> Result:
+    """Silence proves nothing: the copy stands still, and the operator is told."""
+    error = ErrorBody(
+        code="handover-unknown",
+        message=f"the VM was granted to {state.target}, which does not say whether it runs there; "
+        f"the copy on {state.source} stands still",
+        todo=f"bring {state.target} or the connection back (the move then ends by itself); only if {state.target} is "
+        f"surely dead and stays so, its copy may be given up",
+        host=state.source,
+        exit_status=5,
+    )
+    return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [NeedOperator(error=error)]
+
+
+def running(state: SourceState, fact: facts.Fact) -> Result:
+    """Proof: the target runs it."""
+    message = facts.message_of(fact, Running)
+    if not _is_proof(state, message.epoch):
+        return state, []
+    state = update(state, resumed_ms=message.resumed_ms, clock_uncertainty_ms=message.uncertainty_ms)
+    return _yield(state, fact.at_ms)
+
+
+def _is_proof(state: SourceState, epoch: int) -> bool:
+    return epoch == state.hold.epoch and state.hold.right in (SourceRight.GRANTED, SourceRight.YIELDED)
+
+
+def _yield(state: SourceState, at_ms: float) -> Result:
+    """The target runs it: from here on nothing can bring the VM back to this host but another move."""
+    hold = handover.yield_copy(state.hold, state.hold.epoch)
+    state = update(state, hold=hold, outcome=Outcome.RUNNING, failure=None)
+    state = state.begin_phase(Phase.CLEANUP, state.resumed_ms or at_ms)
+    after, effects = enter(state, SourceStep.CLEANUP, state.timeouts.undo_s)
+    return after, [Journal(), *effects, EndCopy()]
+
+
+# --- clean-up
+
+
+def owned(state: SourceState, fact: facts.Fact) -> Result:
+    """Proof, and more: the VM is on the target's disk, so this side may delete its own."""
+    if not _is_proof(state, facts.message_of(fact, Owned).epoch):
+        return state, []
+    effects: list[Effect] = []
+    if state.step is SourceStep.GRANTED:  # its Running was lost with a connection
+        state, effects = _yield(state, fact.at_ms)
+    after, more = _remove_when_owned(update(state, target_owns=True))
+    return after, [*effects, *more]
+
+
+def copy_ended(state: SourceState, fact: facts.Fact) -> Result:
+    """The source's QEMU is gone."""
+    return _remove_when_owned(update(state, copy_ended=True))
+
+
+def _remove_when_owned(state: SourceState) -> Result:
+    if not (state.target_owns and state.copy_ended) or state.removing:
+        return state, []
+    return update(state, removing=True), [RemoveCopy(plan=state.planned())]
+
+
+def copy_removed(state: SourceState, fact: facts.Fact) -> Result:
+    """Nothing is left here: done."""
+    assert isinstance(fact, facts.CopyRemoved)
+    return _finish_done(update(state, warnings=(*state.warnings, *fact.warnings)), fact.at_ms)
+
+
+def cleanup_failed(state: SourceState, fact: facts.Fact) -> Result:
+    """The VM has moved all the same: what is left is told as a warning."""
+    assert isinstance(fact, facts.Failed)
+    return _finish_done(update(state, warnings=(*state.warnings, fact.error.message)), fact.at_ms)
+
+
+def cleanup_too_long(state: SourceState, fact: facts.Fact) -> Result:
+    """Without Owned the disks stay; with it only the clean-up hangs."""
+    if state.target_owns:
+        warning = "the clean-up at the source did not end in time"
+        return _finish_done(update(state, warnings=(*state.warnings, warning)), fact.at_ms)
+    error = ErrorBody(
+        code="ownership-unconfirmed",
+        message=f"the VM runs on {state.target}, which has not confirmed that it has recorded it; "
+        f"its disks on {state.source} are kept until then",
+        todo=f"bring the agent of {state.target} back: the move then ends by itself",
+        host=state.target,
+        exit_status=5,
+    )
+    return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [NeedOperator(error=error)]
+
+
+def _finish_done(state: SourceState, at_ms: float) -> Result:
+    state = update(state, step=SourceStep.ENDED, outcome=Outcome.DONE, failure=None).end_phases(at_ms)
+    final = report(state, at_ms)
+    return state, [Send(message=Finished(epoch=state.hold.epoch, report=final)), Finish(report=final)]
