@@ -67,8 +67,15 @@ class MemoryHypervisor:
             capabilities=(), parameters=(),
         )  # fmt: skip
 
-    async def start(self, vm: Vm, disk_paths: dict[str, tuple[Path, ...]], taps: dict[str, str]) -> None:
+    async def start(
+        self,
+        vm: Vm,
+        disk_paths: dict[str, tuple[Path, ...]],
+        taps: dict[str, str],
+        kernel_paths: tuple[Path, Path | None] | None = None,
+    ) -> None:
         self._faults.call("start")
+        assert (kernel_paths is None) == (vm.kernel is None)
         assert set(disk_paths) == {disk.name for disk in vm.disks}
         assert set(taps) == {nic.name for nic in vm.nics}
         self.running[vm.id] = "running"
@@ -110,10 +117,9 @@ class MemoryHypervisor:
         """A process ends; `guest`: the guest switched itself off; `told`: an agent is there to hear of it."""
         del self.running[vm_id]
         self.gone.set()
-        if told and guest:
-            self.say(vm_id, "SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
+        shutdown = {"guest": True, "reason": "guest-shutdown"} if guest else None
         if told:
-            self.say(vm_id, "GONE", {"reason": "killed by signal 11"})
+            self.say(vm_id, "GONE", {"exit_status": 0 if guest else -11, "shutdown": shutdown, "log": ""})
 
     def say(self, vm_id: str, name: str, data: dict[str, object]) -> None:
         for sink in self._sinks:
@@ -439,7 +445,7 @@ async def test_a_qemu_that_dies_is_a_crash_and_its_taps_go(world: World) -> None
     assert await world.state() is VmState.CRASHED
     await world.settled()
     shown = await world.vms.show("web01")
-    assert (shown.state, shown.exit_reason) == (VmState.CRASHED, "killed by signal 11")
+    assert (shown.state, shown.exit_reason) == (VmState.CRASHED, "its QEMU was ended by signal 11")
     assert world.network.made == {}
     again = await world.vms.start("web01")
     assert (again.state, again.exit_reason) == (VmState.RUNNING, None)
@@ -452,6 +458,27 @@ async def test_a_guest_that_switches_itself_off_is_no_crash(world: World) -> Non
     shown = await world.vms.show("web01")
     assert (shown.state, shown.exit_reason) == (VmState.STOPPED, "the guest switched itself off")
     assert world.network.made == {}
+
+
+@pytest.mark.parametrize(
+    ("gone", "reason"),
+    [
+        (
+            {"exit_status": 1, "shutdown": None, "log": "first\nqemu: out of luck\n"},
+            "ended with status 1: qemu: out of luck",
+        ),
+        ({"exit_status": -9, "shutdown": {"guest": False, "reason": "host-signal"}}, "was ended by signal 9"),
+        ({"exit_status": None, "shutdown": None, "log": ""}, "ended by itself"),
+        ({}, "ended by itself"),
+    ],
+)
+async def test_the_reason_of_a_crash(world: World, gone: dict[str, object], reason: str) -> None:
+    details = await running(world)
+    del world.hypervisor.running[details.vm.id]
+    world.hypervisor.say(details.vm.id, "GONE", gone)
+    await world.settled()
+    shown = await world.vms.show("web01")
+    assert (shown.state, shown.exit_reason) == (VmState.CRASHED, f"its QEMU {reason}")
 
 
 async def test_stopping_a_crashed_vm_makes_it_a_stopped_one(world: World) -> None:
@@ -630,7 +657,7 @@ async def test_a_vm_in_a_move_is_left_alone(world: World) -> None:
     world.vms.release("web01", "move1")
     await world.settled()
     shown = await world.vms.show("web01")
-    assert (shown.state, shown.exit_reason, shown.move) == (VmState.CRASHED, "killed by signal 11", None)
+    assert (shown.state, shown.exit_reason, shown.move) == (VmState.CRASHED, "its QEMU was ended by signal 11", None)
     assert world.network.made == {}
 
 

@@ -81,11 +81,8 @@ class VmEnds:
             log.warning("vm end not recorded", vm=name, reason=str(error))
 
     def _on_event(self, event: QemuEvent) -> None:
-        if event.name == "SHUTDOWN" and event.data.get("guest") is True:
-            self._said[event.vm_id] = End(guest_off=True, reason="the guest switched itself off")
-        elif event.name == "GONE":
-            said = str(event.data.get("reason") or "its QEMU ended by itself")
-            self._said.setdefault(event.vm_id, End(guest_off=False, reason=said))
+        if event.name == "GONE":
+            self._said[event.vm_id] = _end(event.data)
             self.settle_soon(event.vm_id)
 
     async def _record_end(self, record: VmRecord) -> None:
@@ -94,4 +91,18 @@ class VmEnds:
             self._records.put(msgspec.structs.replace(record, should_run=not end.guest_off, exit_reason=end.reason))
             log.info("vm ended", vm=record.vm.name, crashed=not end.guest_off, reason=end.reason)
         self.forget(record.vm.id)
+        await self._hypervisor.kill(record.vm.id)  # it is gone; what it left in its directory goes too
         await self._taps.drop(record.vm)
+
+
+def _end(gone: dict[str, object]) -> End:
+    """Read GONE: `exit_status` (-N: signal N; None: unknown), `shutdown` (QEMU's last SHUTDOWN event), `log`."""
+    shutdown = gone.get("shutdown")
+    if isinstance(shutdown, dict) and shutdown.get("guest") is True:
+        return End(guest_off=True, reason="the guest switched itself off")
+    status = gone.get("exit_status")
+    how = "ended by itself"
+    if isinstance(status, int):
+        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+    words = str(gone.get("log") or "").strip().splitlines()
+    return End(guest_off=False, reason=f"its QEMU {how}" + (f": {words[-1][-300:]}" if words else ""))

@@ -163,6 +163,7 @@ class Vms:
                 raise CallerError(
                     "vm-running", f"VM {name} is running", f"`kvmhv vm stop {name}` first", http_status=409
                 )
+            await self._hypervisor.kill(record.vm.id)
             await self.drop_taps(record.vm)
             if not keep_disks:
                 await self._disks.remove(record.vm, None)
@@ -286,7 +287,7 @@ class Vms:
         vm = record.vm
         taps = await self.ensure_taps(vm)
         try:
-            await self._hypervisor.start(vm, self.disk_paths(vm), taps)
+            await self._hypervisor.start(vm, self.disk_paths(vm), taps, self.kernel_files(vm))
             self._ends.forget(vm.id)
             self._records.put(
                 VmRecord(vm=vm, should_run=True, boot_id=boot_id(), started_at=time.time(), exit_reason=None)
@@ -304,6 +305,7 @@ class Vms:
             try:
                 await self._hypervisor.power_button(vm_id)
                 if await self._hypervisor.wait_gone(vm_id, grace_s):
+                    await self._hypervisor.kill(vm_id)  # it is gone; what it left in its directory goes too
                     return "stopped by the guest, on the power button"
                 reason = f"stopped by force: the guest did not switch off within {grace_s:g} s of the power button"
             except KvmhvError as error:
