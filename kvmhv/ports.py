@@ -205,7 +205,8 @@ class Hypervisor(Protocol):
     async def undo_source(self, vm_id: str, timeout_s: float) -> str:
         """Cancel memory and mirrors, remove what the move added; does not `cont`. Also when QMP hangs (OOB `yank`).
 
-        Returns the migration's final status (`completed` means that it was too late to cancel it).
+        Returns the migration's final status: `completed` means that it was too late to cancel it, `gone` that there is
+        no process any more. Raises HostError `qemu-hangs` when even that does not end it in time.
         """
         ...
 

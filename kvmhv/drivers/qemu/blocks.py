@@ -307,9 +307,9 @@ async def _finish(qmp: Qmp, job_id: str) -> None:
         return event["event"] in {"BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"} and event["data"]["device"] == job_id
 
     try:
-        async with qmp.event(ended, f"the end of {job_id}") as wait:
+        with qmp.catch(ended) as end:
             await qmp.execute("block-job-cancel", {"device": job_id})
-            event, _ = await wait()
+            event, _ = await qmp.wait(end, f"the end of {job_id}")
     except QmpRefused as error:
         raise _failed(f"{job_id}: {error.description}") from error
     if event["event"] != "BLOCK_JOB_COMPLETED" or "error" in event["data"]:

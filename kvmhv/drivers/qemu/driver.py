@@ -16,6 +16,7 @@ from kvmhv.errors import HostError
 from kvmhv.model import IncomingAddress, Plan, QemuInfo, Vm, VmFacts
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
+GONE = "gone"
 DIRTY_RATE_MS = 200
 DIRTY_RATE_SAMPLE_PAGES = 4096
 DIRTY_RATE_IN_MS_SINCE = (8, 2, 0)
@@ -199,29 +200,40 @@ class Qemu:
         await (await self._instance(vm_id)).qmp.execute("migrate-continue", {"state": "pre-switchover"})
 
     async def undo_source(self, vm_id: str, timeout_s: float) -> str:
-        """Cancel memory and mirrors, remove what the move added; does not `cont`. Also when QMP hangs."""
-        instance = await self._instance(vm_id)
+        """Cancel memory and mirrors, remove what the move added; does not `cont`. Also when QMP hangs.
+
+        Returns `gone` if there is no process any more, and so nothing to undo.
+        """
+        await self._adopt()
+        instance = self._instances.get(vm_id)
+        if instance is None:
+            return GONE
+        try:
+            return await self._undo(instance, timeout_s)
+        except QmpLost:
+            if instance.process.gone:
+                return GONE
+            raise
+
+    # ---
+
+    async def _undo(self, instance: Instance, timeout_s: float) -> str:
         qmp = instance.qmp
         await instance.mirrors.close()
         status = await memory.cancel(qmp, timeout_s / 2)
         try:
-            await self._undo_disks(instance, timeout_s / 4)
+            await blocks.undo(qmp, timeout_s / 4)
         except (TimeoutError, QmpLost):
             # The target is unreachable and the job waits for it: cut the connection, then it ends.
             await memory.yank(qmp)
             try:
-                await self._undo_disks(instance, timeout_s / 4)
+                await blocks.undo(qmp, timeout_s / 4)
             except (TimeoutError, QmpLost) as error:
                 raise blocks.lost(error) from error
         instance.mirrors = blocks.Mirrors()
         await keys.remove_object(qmp)
         instance.directory.remove_keys()
         return status
-
-    # ---
-
-    async def _undo_disks(self, instance: Instance, timeout_s: float) -> None:
-        await blocks.undo(instance.qmp, timeout_s)
 
     def _directory(self, vm_id: str) -> VmDir:
         return VmDir(self._config.run_path, vm_id)
@@ -243,12 +255,13 @@ class Qemu:
             directory = self._directory(vm_id)
             found = process.find(marks(directory))
             if found is not None:
-                self._take(directory, found)
+                self._take(directory, found, process.arguments(found.pid))
 
-    def _take(self, directory: VmDir, found: process.Process) -> Instance:
+    def _take(self, directory: VmDir, found: process.Process, arguments: list[str]) -> Instance:
         instance = Instance(
             directory,
             found,
+            arguments,
             now_ms=self._clock.monotonic_ms,
             emit=self._emit,
             timeout_s=self._config.limits.qmp_timeout_s,
@@ -297,7 +310,7 @@ class Qemu:
         if vm.id in self._instances:
             raise HostError("qemu-runs", f"{vm.name} has a QEMU on this host already", "stop it first")
         launch.directory.make(incoming=launch.incoming)
-        instance = self._take(launch.directory, process.start(command, launch.directory.qemu_log))
+        instance = self._take(launch.directory, process.start(command, launch.directory.qemu_log), command)
         if await instance.qmp.wait_connected(self._config.limits.qemu_start_s):
             return instance
         status, tail = instance.process.exit_status, launch.directory.log_tail()

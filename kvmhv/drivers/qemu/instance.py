@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from kvmhv.drivers.qemu import blocks, keys, process
+from kvmhv.drivers.qemu import blocks, keys
 from kvmhv.drivers.qemu.argv import qmp_chardev
 from kvmhv.drivers.qemu.process import Process
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLog, QmpLost, QmpRefused
@@ -38,16 +38,16 @@ class Instance:
         self,
         directory: VmDir,
         found: Process,
+        argv: list[str],
         *,
         now_ms: Callable[[], float],
         emit: Callable[[QemuEvent], None],
         timeout_s: float,
     ) -> None:
-        """Take a live process over and begin to watch it."""
+        """Take a live process with these arguments over and begin to watch it."""
         self.directory = directory
         self.process = found
         self.mirrors = blocks.Mirrors()
-        argv = process.arguments(found.pid)
         self.name = _argument(argv, "-name").removeprefix("guest=").split(",")[0] or directory.vm_id
         self.accel = Accel.KVM if f"accel={Accel.KVM}" in _argument(argv, "-machine") else Accel.TCG
         self._now_ms = now_ms
@@ -97,11 +97,10 @@ class Instance:
         incoming = self.directory.incoming_mark.exists()
         if incoming:
             self.directory.cont_mark.touch()
-        if (await self.qmp.execute("query-status"))["running"]:
-            return self._now_ms()
-        async with self.qmp.event(lambda event: event["event"] == "RESUME", "cont") as wait:
-            await self.qmp.execute("cont")
-            _, at_ms = await wait()
+        with self.qmp.catch(lambda event: event["event"] == "RESUME") as resume:
+            # One trip: the answer to the first command says whether there will be an event.
+            before, _ = await self.qmp.together(("query-status", {}), ("cont", {}))
+            at_ms = self._now_ms() if before["running"] else (await self.qmp.wait(resume, "cont"))[1]
         if incoming:
             self._settling = asyncio.create_task(self._settle(), name=f"settle {self.name}")
         return at_ms

@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Command = tuple[str, Mapping[str, object]]
 Event = dict[str, Any]
+Caught = asyncio.Future[tuple[Event, float]]
 
 
 class QmpRefused(HostError):
@@ -91,7 +92,7 @@ class Qmp:
         self._timeout_s = timeout_s
         self._client: QMPClient | None = None
         self._connected = asyncio.Event()
-        self._waiters: list[tuple[Callable[[Event], bool], asyncio.Future[tuple[Event, float]]]] = []
+        self._waiters: list[tuple[Callable[[Event], bool], Caught]] = []
         self._task = asyncio.create_task(self._serve(), name=f"qmp {vm_name}")
 
     async def execute(
@@ -135,38 +136,28 @@ class Qmp:
                 raise answer
         return answers
 
-    @asynccontextmanager
-    async def event(
-        self, matches: Callable[[Event], bool], what: str, timeout_s: float | None = None
-    ) -> AsyncIterator[Callable[[], "asyncio.Future[tuple[Event, float]]"]]:
-        """Catch the first event that matches from here on; the body may await `wait()` for it and its arrival time.
-
-        At the end of the body the event must have come, or QmpLost is raised after the deadline.
-        """
-        future: asyncio.Future[tuple[Event, float]] = asyncio.get_running_loop().create_future()
-        entry = (matches, future)
+    @contextmanager
+    def catch(self, matches: Callable[[Event], bool]) -> Iterator[Caught]:
+        """Catch the first event that matches from here on, for `wait`; opened before the command that causes it."""
+        entry = (matches, asyncio.get_running_loop().create_future())
         self._waiters.append(entry)
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
         try:
-            async with asyncio.timeout(limit_s):
-                yield lambda: future
-                await future
-        except TimeoutError:
-            raise self._lost(what, f"no event in {limit_s:g} s") from None
+            yield entry[1]
         finally:
-            if entry in self._waiters:
-                self._waiters.remove(entry)
-            future.cancel()
+            self._waiters.remove(entry)
+            entry[1].cancel()
+
+    async def wait(self, caught: Caught, what: str, timeout_s: float | None = None) -> tuple[Event, float]:
+        """Return the caught event and its arrival time. Raises QmpLost when it does not come in time."""
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        await self._either(asyncio.wait({caught}), self._process.wait_gone(limit_s))
+        if not caught.done():
+            raise self._lost(what, f"no event in {limit_s:g} s")
+        return caught.result()
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """Wait until QMP answers; False if the process ended or the time is over first."""
-        ended = asyncio.create_task(self._process.wait_gone(timeout_s))
-        connected = asyncio.create_task(self._connected.wait())
-        try:
-            await asyncio.wait({ended, connected}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended.cancel()
-            connected.cancel()
+        await self._either(self._connected.wait(), self._process.wait_gone(timeout_s))
         return self._connected.is_set()
 
     async def drain(self, timeout_s: float) -> None:
@@ -184,9 +175,21 @@ class Qmp:
     # ---
 
     async def _connection(self) -> QMPClient:
-        await self._connected.wait()
-        assert self._client is not None
+        while self._client is None:
+            await self._either(self._connected.wait(), self._process.wait_gone(None))
+            if self._process.gone:
+                raise EOFError("the process has ended")
         return self._client
+
+    @staticmethod
+    async def _either(*waits: Coroutine[Any, Any, Any]) -> None:
+        """Wait until one of them is done; the others are cancelled."""
+        tasks = [asyncio.create_task(wait) for wait in waits]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _lost(self, command: str, why: str) -> QmpLost:
         tail = self._tail()
