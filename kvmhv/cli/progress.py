@@ -1,5 +1,7 @@
 """How a running move looks: a display on a terminal, a line for each phase and pass elsewhere, nothing for scripts."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections import deque
@@ -161,7 +163,7 @@ def _display() -> Iterator[View]:
 class Display:
     """For a terminal: complete passes scroll by, the line below them moves."""
 
-    def __init__(self, draw: Callable[["RenderableType"], None], above: Callable[..., None]) -> None:
+    def __init__(self, draw: Callable[[RenderableType], None], above: Callable[..., None]) -> None:
         self._draw = draw
         self._above = above
         self._pace = Pace()
@@ -179,7 +181,7 @@ class Display:
         """Print a line above the moving one."""
         self._above(output.printable(text), markup=False, highlight=False)
 
-    def _bar(self, report: MoveReport) -> "RenderableType":
+    def _bar(self, report: MoveReport) -> RenderableType:
         from rich.progress_bar import ProgressBar  # noqa: PLC0415
         from rich.table import Table  # noqa: PLC0415
         from rich.text import Text  # noqa: PLC0415

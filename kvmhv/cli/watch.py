@@ -104,6 +104,4 @@ def error_of(report: MoveReport) -> ErrorBody:
     if report.error is not None:
         return report.error
     text = report.reason or f"the move of {report.vm} from {report.source} to {report.target} ended: {report.outcome}"
-    return ErrorBody(
-        code=f"move-{report.outcome}", message=text, todo=f"see: kvmhv move show {report.id}", host=report.source
-    )
+    return ErrorBody(code="move-not-done", message=text, todo=f"see: kvmhv move show {report.id}", host=report.source)
