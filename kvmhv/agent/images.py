@@ -5,6 +5,7 @@ An upload replaces the old file by a rename, when it is whole, checked and on di
 """
 
 import asyncio
+import errno
 import hashlib
 import os
 import shutil
@@ -97,13 +98,17 @@ class Images:
                 image = msgspec.structs.replace(image, append=append)
             if part == "disk":
                 self._refuse_used(name)  # a VM may have been created meanwhile
-                await asyncio.to_thread(self._remove_disk_files, name)
                 assert image.disk_format is not None
                 file = self._disk_file(name, image.disk_format)
             await asyncio.to_thread(_put_in_place, fresh, file)
             self._records.put(KIND, name, msgspec.json.encode(image))
+            if part == "disk":
+                self._remove_disk_files(name, but=image.disk_format)
+        except ConnectionError:  # the uploader's, not ours
+            raise
         except OSError as error:
-            raise HostError("storage", f"{file}: {error.strerror}", "check the file system") from error
+            code = "location-full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "storage"
+            raise HostError(code, f"{file}: {error.strerror}", "check the file system") from error
         finally:
             fresh.unlink(missing_ok=True)
             _remove_if_empty(fresh.parent)
@@ -114,7 +119,7 @@ class Images:
         self.get(name)
         self._refuse_used(name)
         self._records.delete(KIND, name)
-        await asyncio.to_thread(self._remove_disk_files, name)
+        self._remove_disk_files(name)
         await asyncio.to_thread(shutil.rmtree, self._directory / name, ignore_errors=True)
 
     def disk(self, name: str) -> ImageFile:
@@ -129,23 +134,39 @@ class Images:
     async def copy_kernel(self, name: str, directory: Path, append: str | None) -> DirectKernel | None:
         """Copy an image's kernel and initrd into a VM's directory; None if it has no kernel."""
         image = self.get(name)
-        if image.kernel_sha256 is None or image.kernel_bytes is None:
+        if image.kernel_sha256 is None:
             return None
         try:
             await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o700)
-            for part in ("kernel", *(("initrd",) if image.initrd_sha256 else ())):
-                await asyncio.to_thread(shutil.copyfile, self._directory / name / part, directory / part)
+            kernel_bytes, kernel_sha256 = await asyncio.to_thread(self._copy_part, name, "kernel", directory)
+            initrd_bytes, initrd_sha256 = 0, None
+            if image.initrd_sha256 is not None:
+                initrd_bytes, initrd_sha256 = await asyncio.to_thread(self._copy_part, name, "initrd", directory)
         except OSError as error:
             raise HostError("storage", f"image {name}: {error}", "import the image again") from error
         return DirectKernel(
             append=image.append if append is None else append,
-            kernel_sha256=image.kernel_sha256,
-            kernel_bytes=image.kernel_bytes,
-            initrd_sha256=image.initrd_sha256,
-            initrd_bytes=image.initrd_bytes or 0,
+            kernel_sha256=kernel_sha256,
+            kernel_bytes=kernel_bytes,
+            initrd_sha256=initrd_sha256,
+            initrd_bytes=initrd_bytes,
         )
 
+    async def recover(self) -> None:
+        """After the agent's start: remove what uploads left that its end cut short."""
+        for directory in (self._disk_file("x", DiskFormat.RAW).parent, *self._directory.glob("*")):
+            for rest in directory.glob(".*.????????????????????????????????"):
+                rest.unlink(missing_ok=True)
+            _remove_if_empty(directory)
+
     # ---
+
+    def _copy_part(self, name: str, part: Part, directory: Path) -> tuple[int, str]:
+        """Copy a part; size and sha256 of what has arrived."""
+        shutil.copyfile(self._directory / name / part, directory / part)
+        with (directory / part).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
 
     def _layer(self, name: str, kind: DiskFormat) -> Layer:
         return Layer(location="default", path=f"{DIRECTORY}/{name}.{kind.value}", format=kind)
@@ -153,9 +174,10 @@ class Images:
     def _disk_file(self, name: str, kind: DiskFormat) -> Path:
         return self._disks.path(self._layer(name, kind))
 
-    def _remove_disk_files(self, name: str) -> None:
+    def _remove_disk_files(self, name: str, but: DiskFormat | None = None) -> None:
         for kind in DiskFormat:
-            self._disk_file(name, kind).unlink(missing_ok=True)
+            if kind is not but:
+                self._disk_file(name, kind).unlink(missing_ok=True)
 
     def _refuse_used(self, name: str) -> None:
         paths = {self._layer(name, kind).path for kind in DiskFormat}

@@ -59,8 +59,9 @@ class Vms:
     async def recover(self) -> None:
         """After the agent's start, when the moves have claimed their VMs: bring records in line with what runs.
 
-        A VM whose QEMU has ended meanwhile is recorded as crashed, half-made creates are undone.
+        A VM whose QEMU has ended meanwhile is recorded as crashed; half-made creates and uploads are undone.
         """
+        await self._images.recover()
         for vm_id in self._disks.unfinished_creates():
             if self._records.get(vm_id) is None:
                 await self._undo_create(vm_id)
