@@ -170,7 +170,10 @@ class Moves:
         return tuple(self.reports)
 
     async def show(self, move_id: str) -> MoveReport:
-        return next(entry for entry in self.reports if entry.id == move_id)
+        for entry in self.reports:
+            if entry.id.startswith(move_id):
+                return entry
+        raise CallerError("move-unknown", f"no move {move_id}", http_status=404)
 
     async def cancel(self, move_id: str) -> MoveReport:
         return msgspec.structs.replace(await self.show(move_id), outcome=Outcome.CANCELLED)

@@ -34,17 +34,18 @@ async def list_moves(api: Services, call: Call) -> tuple[MoveReport, ...]:
 
 async def show(api: Services, call: Call) -> MoveReport:
     """Answer GET /v1/moves/{id}."""
-    return await api.moves.show(await _move_id(api, call))
+    return await api.moves.show(call.path("id"))
 
 
 async def cancel(api: Services, call: Call) -> MoveReport:
     """Answer POST /v1/moves/{id}/cancel."""
-    return await api.moves.cancel(await _move_id(api, call))
+    return await api.moves.cancel(call.path("id"))
 
 
 async def events(api: Services, call: Call) -> web.StreamResponse:
     """Answer GET /v1/moves/{id}/events: a MoveReport for each change, until the move has ended."""
-    reports = api.moves.watch(await _move_id(api, call))
+    known = await api.moves.show(call.path("id"))  # an unknown one is a 404, not a broken stream
+    reports = api.moves.watch(known.id)
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     await response.prepare(call.request)
     with contextlib.suppress(ConnectionError):  # the watcher went away: nothing to tell anybody
@@ -103,19 +104,6 @@ def _request(call: Call) -> MoveRequest:
     if body.vm != call.path("name"):
         raise CallerError("request-invalid", f"the path names VM {call.path('name')!r}, the body {body.vm!r}")
     return body
-
-
-async def _move_id(api: Services, call: Call) -> str:
-    """Return the whole id of the move that the path names by a prefix of it."""
-    prefix = call.path("id")
-    found = {report.id for report in await api.moves.list() if report.id.startswith(prefix)}
-    if prefix in found:
-        return prefix
-    if not found:
-        raise CallerError("move-unknown", f"there is no move {prefix!r}", "see `kvmhv move list`", http_status=404)
-    if len(found) > 1:
-        raise CallerError("move-ambiguous", f"{len(found)} moves begin with {prefix!r}", "give more of the id")
-    return found.pop()
 
 
 MOVE_ROUTES = (

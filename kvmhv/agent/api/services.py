@@ -107,11 +107,11 @@ class Moves(Protocol):
         ...
 
     async def show(self, move_id: str) -> MoveReport:
-        """Return one move."""
+        """Return one move, by its id or an unambiguous prefix. Raises CallerError `move-unknown`, `move-ambiguous`."""
         ...
 
     async def cancel(self, move_id: str) -> MoveReport:
-        """Ask a move to end; returns how it ended."""
+        """Ask a move (id or prefix) to end; returns how it ended."""
         ...
 
     def watch(self, move_id: str) -> AsyncIterator[MoveReport]:

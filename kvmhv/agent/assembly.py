@@ -1,0 +1,136 @@
+"""All parts of the agent, put together here and nowhere else."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import structlog
+
+import kvmhv
+from kvmhv.agent import state_dir
+from kvmhv.agent.absent import Absent
+from kvmhv.agent.api.host_view import HostView
+from kvmhv.agent.api.listener import Listener
+from kvmhv.agent.api.services import Services
+from kvmhv.agent.api.trusting import Trusting
+from kvmhv.agent.images import Images
+from kvmhv.agent.inventory import Inventories
+from kvmhv.agent.metrics import Metrics
+from kvmhv.agent.moves import Moves
+from kvmhv.agent.open_moves import OpenMoves
+from kvmhv.agent.settings import Settings
+from kvmhv.agent.vms import Vms
+from kvmhv.config import Config
+from kvmhv.drivers.auth import certificate
+from kvmhv.drivers.auth.invitations import Invitations
+from kvmhv.drivers.auth.tokens import Tokens
+from kvmhv.drivers.auth.trust import Trust
+from kvmhv.drivers.database import Database
+from kvmhv.drivers.host import HostClock
+from kvmhv.drivers.peer import Peer
+from kvmhv.drivers.qemu import Qemu
+from kvmhv.drivers.storage.directory import Directories
+from kvmhv.errors import HostError
+
+STOP_S = 4.5
+"""An agent that is told to stop has ended after so long, whatever hangs; the journal holds what it did not finish."""
+
+log = structlog.get_logger()
+
+
+class Agent:
+    """Every part of the agent, joined. `start` takes up what an earlier agent left and opens the doors."""
+
+    def __init__(self, config: Config) -> None:
+        limits = config.limits
+        clock = HostClock()
+        self._config = config
+        self._tasks: list[asyncio.Task[None]] = []
+        self._database = database = Database(
+            config.state_path / "kvmhv.sqlite", config.run_path / "journal", limits.moves_kept
+        )
+        host_id = state_dir.host_id(database)
+        settings = Settings(database, config)
+        self._metrics = metrics = Metrics(kvmhv.__version__, config.name)
+        trust = Trust(
+            database, certificate.load_or_make(config.state_path / "identity", config.name), hosts_max=limits.peers
+        )
+        peer = Peer(trust, limits.peer_frame_bytes)
+        self._qemu = qemu = Qemu(config, clock)
+        disks = Directories(config)
+        network: Any = Absent("the network")
+        images = Images(config, database, disks)
+        self._vms = vms = Vms(config, database, qemu, disks, network, images)
+        self._open_moves = open_moves = OpenMoves(
+            config=config,
+            vms=vms,
+            hypervisor=qemu,
+            peer=peer,
+            journal=database,
+            clock=clock,
+            on_end=metrics.observe_move,
+        )
+        moves = Moves(
+            config=config,
+            settings=settings,
+            vms=vms,
+            hypervisor=qemu,
+            peer=peer,
+            journal=database,
+            clock=clock,
+            inventories=Inventories(config, host_id, settings, vms, qemu, disks, network),
+            open_moves=open_moves,
+        )
+        view = HostView(
+            config=config,
+            host_id=host_id,
+            settings=settings,
+            trust=trust,
+            hypervisor=qemu,
+            disks=disks,
+            network=network,
+            moves=moves.list,
+        )
+        invitations = Invitations(config.name, trust.fingerprint, clock)
+        services = Services(
+            config=config,
+            settings=settings,
+            host=view,
+            trusting=Trusting(trust, invitations, peer, config.advertise),
+            tokens=Tokens(database, clock, limits.tokens),
+            peer=peer,
+            metrics=metrics,
+            vms=vms,
+            images=images,
+            moves=moves,
+            doctor=Absent("the doctor"),
+        )
+        self._listener = Listener(services)
+
+    async def start(self) -> None:
+        """Recover moves, then VMs, then answer. Raises HostError; `stop` is still to be called."""
+        await self._open_moves.recover()
+        await self._vms.recover()
+        await self._listener.start()
+        self._tasks = [asyncio.create_task(self._metrics.watch_loop_lag()), asyncio.create_task(self._probe())]
+        log.info("agent ready", host=self._config.name, listen=self._config.listen, version=kvmhv.__version__)
+
+    async def stop(self) -> None:
+        """Close the doors, let go of moves and VMs as they are; ends within 4.5 s."""
+        for task in self._tasks:
+            task.cancel()
+        try:
+            async with asyncio.timeout(STOP_S):
+                await self._listener.close()
+                await self._open_moves.close()
+                await self._vms.close()
+                await self._qemu.close()
+        except TimeoutError:
+            log.warning("something did not end in time and was left")
+        finally:
+            self._database.close()
+
+    async def _probe(self) -> None:
+        """Learn what QEMU can do before somebody asks: the answer is kept, and asking takes a while."""
+        with contextlib.suppress(HostError):
+            await self._qemu.probe()
