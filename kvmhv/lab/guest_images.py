@@ -21,6 +21,7 @@ SOURCES = Path(__file__).resolve().parents[2] / "vm-images"
 CACHE = CACHE_DIR / "images"
 SUITE = "trixie"
 BUILD_TIMEOUT_S = 900.0
+KEPT_IMAGES = 4
 
 AS_FAST_AS_IT_CAN = 0xFFFFFFFF
 """A rate for `write_boot_guest`: no pauses."""
@@ -160,5 +161,17 @@ def _build(directory: Path, sources: Path, tree: Path, progress: Progress) -> No
             timeout_s=BUILD_TIMEOUT_S,
         )
         part.rename(directory)
+        remove_old(directory.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_old(cache: Path) -> None:
+    """Keep the KEPT_IMAGES newest images in `cache`, and the logs that go with them."""
+    built = sorted((path for path in cache.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    for directory in built[:-KEPT_IMAGES]:
+        shutil.rmtree(directory)
+    kept = {path.name for path in built[-KEPT_IMAGES:]}
+    for log in cache.glob("*.log"):
+        if log.stem not in kept:
+            log.unlink()
