@@ -11,15 +11,7 @@ class Absent:
     def __init__(self, part: str) -> None:
         self._part = part
 
-    async def list(self) -> tuple[Any, ...]:
-        """Return nothing."""
-        return ()
-
     async def switches(self) -> tuple[Any, ...]:
-        """Return nothing."""
-        return ()
-
-    async def problems(self) -> tuple[Any, ...]:
         """Return nothing."""
         return ()
 

@@ -13,6 +13,7 @@ from kvmhv.agent.api.host_view import HostView
 from kvmhv.agent.api.listener import Listener
 from kvmhv.agent.api.services import Services
 from kvmhv.agent.api.trusting import Trusting
+from kvmhv.agent.doctor import Doctor
 from kvmhv.agent.images import Images
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.metrics import Metrics
@@ -89,7 +90,7 @@ class Agent:
             hypervisor=qemu,
             disks=disks,
             network=network,
-            moves=moves.list,
+            running_moves=open_moves.reports,
         )
         invitations = Invitations(config.name, trust.fingerprint, clock)
         services = Services(
@@ -103,7 +104,8 @@ class Agent:
             vms=vms,
             images=images,
             moves=moves,
-            doctor=Absent("the doctor"),
+            running_moves=open_moves.reports,
+            doctor=Doctor(config=config, settings=settings, trust=trust, hypervisor=qemu, disks=disks, network=network),
         )
         self._listener = Listener(services)
 

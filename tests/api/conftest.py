@@ -299,7 +299,7 @@ def compose(config: Config) -> Host:
             hypervisor=outside,
             disks=outside,
             network=outside,
-            moves=moves.list,
+            running_moves=lambda: tuple(moves.reports),
         ),
         trusting=Trusting(trust, Invitations(config.name, trust.fingerprint, clock), peer, config.advertise),
         tokens=Tokens(database, clock, config.limits.tokens),
@@ -308,6 +308,7 @@ def compose(config: Config) -> Host:
         vms=vms,
         images=images,
         moves=moves,
+        running_moves=lambda: tuple(moves.reports),
         doctor=Doctor(),
     )
     listener = Listener(services)

@@ -11,11 +11,15 @@ from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvmhv.agent.api.move_routes import paced
 from kvmhv.agent.api.openapi import document
+from kvmhv.agent.api.route import decode
 from kvmhv.agent.api.routes import ROUTES
-from kvmhv.errors import HostError
+from kvmhv.errors import CallerError, HostError
+from kvmhv.model import VmSpec
 
 
 async def test_host_report(make_host: Any) -> None:
@@ -151,6 +155,8 @@ async def test_console_passes_bytes_both_ways(make_host: Any, tmp_path: Path) ->
         assert await terminal.receive_bytes() == b"login: "
         await terminal.send_bytes(b"root\xff\n")
         assert await terminal.receive_bytes() == b"ROOT\xff\n"
+        async with local.get("/v1/vms/web01/console") as second:
+            assert (second.status, (await second.json())["code"]) == (409, "console-busy")
     # The same through the forwarder.
     async with host.local() as local, local.ws_connect("/v1/hosts/host1/vms/web01/console") as terminal:
         assert await terminal.receive_bytes() == b"login: "
@@ -274,3 +280,11 @@ async def test_a_taken_port_is_one_clear_error(make_host: Any) -> None:
     with pytest.raises(HostError) as caught:
         await make_host("host2", listen=host.address)
     assert caught.value.code == "listen"
+
+
+@given(st.binary(max_size=200) | st.from_regex(rb'\\{"name":"a","memory_bytes":[0-9]{1,40},"[a-z]{1,9}":.{0,40}\\}'))
+def test_a_body_is_decoded_or_refused(content: bytes) -> None:
+    try:
+        assert isinstance(decode(content, VmSpec), VmSpec)
+    except CallerError as error:
+        assert error.code == "request-invalid"

@@ -1,6 +1,7 @@
 """Who may do what over the network, and how hosts come to trust each other."""
 
 import asyncio
+import contextlib
 import datetime
 import re
 import ssl
@@ -268,6 +269,28 @@ async def test_strangers_hold_few_connections(make_host: Any, monkeypatch: pytes
         assert response.status == 200
     async with host.local() as local, local.get("/metrics") as response:
         assert 'kvmhv_peer_refused_total{cause="too-many"} 2.0' in await response.text()
+
+
+async def test_strangers_leave_room_for_trusted_hosts(make_host: Any, befriend: Any) -> None:
+    one, two = await make_host("host1", limits={"connections": 10}), await make_host("host2")
+    await befriend(one, two)
+    context = one.trust.introduction_context(one.trust.fingerprint)
+    silent = [await asyncio.open_connection("127.0.0.1", one.listener.port, ssl=context) for _ in range(6)]
+    async with asyncio.timeout(5):
+        with contextlib.suppress(ConnectionError):
+            assert await silent[-1][0].read() == b""
+    async with one.remote(as_host=two) as remote, remote.get("/v1/vms") as response:
+        assert response.status == 200
+    for _, writer in silent:
+        writer.close()
+
+
+async def test_strangers_do_not_keep_connections(make_host: Any) -> None:
+    host = await make_host("host1")
+    token = host.services.tokens.create("ci")
+    for session, kept in ((host.remote(), False), (host.remote(token=token), True)):
+        async with session, session.get("/openapi.json") as response:
+            assert (response.headers.get("Connection") != "close") == kept
 
 
 async def test_a_silent_connection_is_ended(make_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,13 @@
 """The aiohttp application, made from the table of routes: let in, decode, answer, and never show a traceback."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
 from aiohttp import web
 
-from kvmhv.agent.api.access import Access, Caller, Gate, caller_text
+from kvmhv.agent.api.access import Access, Caller, Gate, Kind, caller_text
 from kvmhv.agent.api.forward import Forwarder
 from kvmhv.agent.api.route import Call, Route, decode
 from kvmhv.agent.api.routes import ROUTES
@@ -14,6 +15,9 @@ from kvmhv.agent.api.services import Services
 from kvmhv.errors import CallerError, KvmhvError, Refused
 
 STARTED = web.RequestKey("started", bool)
+CALLER = web.RequestKey("caller", Caller)
+BODY_S = 30.0
+"""A JSON body has arrived after so long, or the request is given up."""
 FORWARD_PATH = "/v1/hosts/{host}/{rest:.*}"
 
 log = structlog.get_logger()
@@ -26,13 +30,17 @@ def make_app(services: Services, on_request: Callable[[web.Request], None]) -> w
     gate = Gate(services.trusting.trust, services.tokens, services.config.metrics_subnets)
 
     @web.middleware
-    async def answer_errors(request: web.Request, handler: WebHandler) -> web.StreamResponse:
+    async def outermost(request: web.Request, handler: WebHandler) -> web.StreamResponse:
         on_request(request)
-        return await _answer_errors(request, handler)
+        request[CALLER] = caller = gate.identify(request)
+        response = await _answer_errors(request, handler, services.config.name)
+        if caller.kind is Kind.NOBODY:
+            response.force_close()  # strangers do not keep connections
+        return response
 
     app = web.Application(
         client_max_size=services.config.limits.request_bytes,
-        middlewares=[answer_errors],
+        middlewares=[outermost],
         handler_args={"access_log": None},
     )
     app.on_response_prepare.append(_note_started)
@@ -41,7 +49,7 @@ def make_app(services: Services, on_request: Callable[[web.Request], None]) -> w
     forwarder = Forwarder(services.trusting.trust.own_name, services.config.socket_path, services.peer)
 
     async def forward(request: web.Request) -> web.StreamResponse:
-        caller = gate.identify(request)
+        caller = request[CALLER]
         gate.check(caller, Access.API)
         _note(request, caller)
         return await forwarder.forward(request, caller)
@@ -50,15 +58,18 @@ def make_app(services: Services, on_request: Callable[[web.Request], None]) -> w
     return app
 
 
-def error_response(error: KvmhvError) -> web.Response:
-    """Return an error as the API shows it."""
+def error_response(error: KvmhvError, own_name: str) -> web.Response:
+    """Return an error as the API shows it; one that names no host happened on this one."""
     headers = {"WWW-Authenticate": "Bearer"} if error.http_status == 401 else None
-    return _json(error.body(), error.http_status, headers)
+    body = error.body()
+    if body.host is None:
+        body = msgspec.structs.replace(body, host=own_name)
+    return _json(body, error.http_status, headers)
 
 
 def _handler(route: Route, services: Services, gate: Gate) -> WebHandler:
     async def handle(request: web.Request) -> web.StreamResponse:
-        caller = gate.identify(request)
+        caller = request[CALLER]
         try:
             gate.check(caller, route.access)
         except Refused as error:
@@ -78,7 +89,11 @@ def _handler(route: Route, services: Services, gate: Gate) -> WebHandler:
 
 
 async def _body(route: Route, request: web.Request) -> object:
-    content = await request.read()
+    try:
+        async with asyncio.timeout(BODY_S):
+            content = await request.read()
+    except TimeoutError as error:
+        raise CallerError("request-invalid", "the request's body did not arrive", http_status=408) from error
     if not content and route.body_optional:
         content = b"{}"
     return decode(content, route.request)
@@ -90,7 +105,7 @@ def _json(value: object, status: int, headers: dict[str, str] | None = None) -> 
     )
 
 
-async def _answer_errors(request: web.Request, handler: WebHandler) -> web.StreamResponse:
+async def _answer_errors(request: web.Request, handler: WebHandler, own_name: str) -> web.StreamResponse:
     try:
         return await handler(request)
     except KvmhvError as error:
@@ -116,7 +131,7 @@ async def _answer_errors(request: web.Request, handler: WebHandler) -> web.Strea
         if request.transport is not None:
             request.transport.abort()
         raise ConnectionAbortedError(failure.code)
-    return error_response(failure)
+    return error_response(failure, own_name)
 
 
 async def _note_started(request: web.Request, response: web.StreamResponse) -> None:

@@ -85,16 +85,25 @@ class Forwarder:
                 allow_redirects=False,
             )
         async with answer:
-            response = web.StreamResponse(
-                status=answer.status,
-                headers={name: answer.headers[name] for name in PASSED_BACK if name in answer.headers},
-            )
-            await response.prepare(request)
-            with contextlib.suppress(ConnectionError):  # who asked has gone
-                async for chunk in answer.content.iter_any():
-                    await response.write(chunk)
-                await response.write_eof()
-            return response
+            return await _pass_back(request, answer)
+
+
+async def _pass_back(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    response = web.StreamResponse(
+        status=answer.status,
+        headers={name: answer.headers[name] for name in PASSED_BACK if name in answer.headers},
+    )
+    await response.prepare(request)
+    try:
+        async for chunk in answer.content.iter_any():
+            await response.write(chunk)
+        await response.write_eof()
+    except (OSError, aiohttp.ClientError) as error:
+        # Either end has gone. Half an answer may be out: only the end of the connection can tell.
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionAbortedError(str(error)) from error
+    return response
 
 
 async def _bridge(request: web.Request, upstream: "aiohttp.ClientWebSocketResponse[bool]") -> web.WebSocketResponse:

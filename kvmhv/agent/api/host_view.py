@@ -1,16 +1,16 @@
 """`kvmhv host show`: what a host tells about itself, gathered at the moment of the question."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import kvmhv
 from kvmhv.agent.settings import Settings
 from kvmhv.config import Config
 from kvmhv.drivers.auth.trust import Trust
 from kvmhv.errors import HostError
-from kvmhv.model import HostReport, MoveReport, Outcome, QemuInfo
+from kvmhv.model import HostReport, MoveReport, QemuInfo
 from kvmhv.ports import Disks, Hypervisor, Network
 
-RunningMoves = Callable[[], Awaitable[tuple[MoveReport, ...]]]
+RunningMoves = Callable[[], tuple[MoveReport, ...]]
 
 
 class HostView:
@@ -26,7 +26,7 @@ class HostView:
         hypervisor: Hypervisor,
         disks: Disks,
         network: Network,
-        moves: RunningMoves,
+        running_moves: RunningMoves,
     ) -> None:
         self._config = config
         self._host_id = host_id
@@ -35,7 +35,7 @@ class HostView:
         self._hypervisor = hypervisor
         self._disks = disks
         self._network = network
-        self._moves = moves
+        self._running_moves = running_moves
 
     async def report(self) -> HostReport:
         """Return the host's report; a host without a usable QEMU says why in `accel_reason`."""
@@ -45,7 +45,7 @@ class HostView:
             reason = self._hypervisor.accel_reason()
         except HostError as error:
             reason = error.message
-        running = [move for move in await self._moves() if move.outcome is Outcome.RUNNING]
+        running = self._running_moves()
         return HostReport(
             name=self._config.name,
             id=self._host_id,

@@ -47,6 +47,7 @@ class Listener:
         self._services = services
         self._config = services.config
         self._trust = services.trusting.trust
+        self._without_certificate: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._awake: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
         self._runner = web.AppRunner(
             make_app(services, self._note_request), shutdown_timeout=SHUTDOWN_S, keepalive_timeout=KEEPALIVE_S
@@ -136,11 +137,23 @@ class Listener:
         except OSError as error:
             self._refused(ip, "handshake", str(error) or type(error).__name__)
         else:
+            self._admit(transport)
             loop.call_later(FIRST_REQUEST_S, self._end_if_silent, transport)
         finally:
             self._half_open[ip] -= 1
             if self._half_open[ip] <= 0:
                 del self._half_open[ip]
+
+    def _admit(self, transport: asyncio.Transport) -> None:
+        """Keep room for trusted hosts: everybody else shares one half of the connections."""
+        if transport.get_extra_info("ssl_object").getpeercert(binary_form=True) is not None:
+            return
+        still_open = sum(not other.is_closing() for other in self._without_certificate)
+        if still_open >= self._config.limits.connections // 2:
+            self._services.metrics.peer_refused("too-many")
+            transport.abort()
+        else:
+            self._without_certificate.add(transport)
 
     def _refused(self, ip: str, cause: str, reason: str) -> None:
         self._services.metrics.peer_refused(cause)

@@ -1,11 +1,11 @@
 """What the API needs of the rest of the agent: a Protocol for each, and one record that holds them all."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from kvmhv.agent.api.host_view import HostView
+from kvmhv.agent.api.host_view import HostView, RunningMoves
 from kvmhv.agent.api.trusting import Trusting
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
@@ -149,4 +149,7 @@ class Services:
     vms: Vms
     images: Images
     moves: Moves
+    running_moves: RunningMoves
     doctor: Doctor
+    open_consoles: set[Path] = field(default_factory=set)
+    """QEMU serves one reader of a serial console at a time; a second one would hang without a word."""

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from kvmhv.agent.api.route import Call, Query, Route
 from kvmhv.agent.api.services import Services
-from kvmhv.errors import HostError
+from kvmhv.errors import HostError, Refused
 from kvmhv.model import Struct, VmDetails, VmSpec, VmSummary
 
 CONSOLE_CHUNK_BYTES = 16 * 1024
@@ -58,11 +58,22 @@ async def stop(api: Services, call: Call) -> VmDetails:
 
 async def console(api: Services, call: Call) -> web.WebSocketResponse:
     """Answer GET /v1/vms/{name}/console: bytes both ways until either side ends."""
-    path = await api.vms.console_socket(call.path("name"))
+    name = call.path("name")
+    path = await api.vms.console_socket(name)
+    if path in api.open_consoles:
+        raise Refused("console-busy", f"somebody has the console of {name!r} open", "end that first", http_status=409)
+    api.open_consoles.add(path)
+    try:
+        return await _serve_console(path, call.request)
+    finally:
+        api.open_consoles.discard(path)
+
+
+async def _serve_console(path: Path, request: web.Request) -> web.WebSocketResponse:
     reader, writer = await _connect(path)
     try:
         client = web.WebSocketResponse(heartbeat=CONSOLE_HEARTBEAT_S, max_msg_size=64 * 1024, decode_text=False)
-        await client.prepare(call.request)
+        await client.prepare(request)
         outward = asyncio.create_task(_outward(reader, client))
         try:
             await _inward(client, writer)
