@@ -1,15 +1,17 @@
 """Commands against a scripted agent on a UNIX socket: what is asked, what is printed, which exit status."""
 
 import json
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
 
-from kvmhv.cli.main import main
+from kvmhv.cli.main import kvmhv, main
 from kvmhv.errors import CallerError, HostError, Incompatible, NeedsOperator, Refused
 from kvmhv.model import Finding, Problem, Severity, VmState, VmSummary
 from tests.cli_agent import Raw, ScriptedAgent, scripted_agent
@@ -324,3 +326,15 @@ def test_completion(agent: ScriptedAgent) -> None:
     silent = _kvmhv(environment=environment | {"KVMHV_SOCKET": "/nosuch"})
     assert (silent.stdout.strip(), silent.stderr) == ("", "")
     assert "_KVMHV_COMPLETE=bash_complete" in _kvmhv("completion", "bash").stdout
+
+
+def test_the_manual_page_has_every_command() -> None:
+    page = (Path(__file__).parent.parent / "packaging" / "kvmhv.1").read_text().replace("\\-", "-")
+    plain = re.sub(r"\\f[BIR]", "", page)
+    for group in ("host", "image", "vm", "move"):
+        command = kvmhv.get_command(click.Context(kvmhv), group)
+        assert isinstance(command, click.Group)
+        for name in command.commands:
+            assert re.search(rf"^.*kvmhv {group}\b.*\b{name}\b", plain, re.MULTILINE), f"{group} {name}"
+    for option in kvmhv.get_command(click.Context(kvmhv), "vm").commands["move"].params:  # type: ignore[union-attr]
+        assert option.opts[-1] in plain or option.name in ("name", "json")

@@ -288,6 +288,18 @@ def test_the_console_copies_both_ways_and_ends_with_the_console() -> None:
     assert websocket.PONG in {byte & 0x0F for byte in sent}
 
 
+def test_the_console_ends_when_nobody_reads() -> None:
+    ours, theirs = socket.socketpair()
+    source, typing = os.pipe()
+    shown, sink = os.pipe()
+    os.close(shown)
+    with ours, theirs:
+        theirs.sendall(b"\x82\x05login")
+        console.attach(ours, source, sink)
+    for descriptor in (source, typing, sink):
+        os.close(descriptor)
+
+
 def test_ctrl_bracket_leaves_a_terminal() -> None:
     ours, theirs = socket.socketpair()
     terminal, keyboard = os.openpty()[::-1]

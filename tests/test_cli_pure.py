@@ -1,12 +1,15 @@
 """The parts of the CLI that only compute: SPEC, rates, WebSocket frames, progress lines, quantities."""
 
+import io
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from kvmhv.cli import address, disk_spec, output, websocket
 from kvmhv.cli.parameters import parse_rate
-from kvmhv.cli.progress import Lines, Pace, news
+from kvmhv.cli.progress import Display, Lines, Pace, news, pass_text
 from kvmhv.cli.watch import exit_status
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import (
@@ -235,6 +238,20 @@ def test_lines_are_the_news(capsys: pytest.CaptureFixture[str]) -> None:
         view.show(it)
     view.say("by the way")
     assert capsys.readouterr().out.splitlines()[1:] == ["phase setup", "phase storage", "by the way"]
+
+
+def test_display_draws_the_state_below_the_news() -> None:
+    above: list[str] = []
+    drawn = io.StringIO()
+    console = Console(file=drawn, width=120)
+    display = Display(console.print, lambda text, **_options: above.append(text))
+    display.show(report(phase=Phase.MEMORY, passes=(_pass(1),), progress=0.25, remaining_bytes=3 * 1024**2))
+    assert above == ["move 3f2a91c0d4: web01 from host1 to host2", "phase memory", pass_text(_pass(1))]
+    assert "memory, pass 2" in drawn.getvalue()
+    assert "25 %" in drawn.getvalue()
+    assert "3 MiB remain" in drawn.getvalue()
+    display.show(report(outcome=Outcome.DONE, phase=Phase.CLEANUP))
+    assert drawn.getvalue().rstrip().endswith("remain  -"), "the line goes when the move has ended"
 
 
 def test_pace() -> None:

@@ -61,8 +61,8 @@ def _show(connection: socket.socket, reader: websocket.FrameReader, sink: int) -
             return False
         if opcode == websocket.PING:
             connection.sendall(websocket.frame(websocket.PONG, payload))
-        elif opcode in (websocket.CONTINUATION, websocket.TEXT, websocket.BINARY):
-            _write(sink, payload)
+        elif opcode in (websocket.CONTINUATION, websocket.TEXT, websocket.BINARY) and not _write(sink, payload):
+            return False
     return bool(data)
 
 
@@ -75,9 +75,14 @@ def _type(connection: socket.socket, source: int) -> bool:
     return bool(typed) and not leaving
 
 
-def _write(sink: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(sink, data) :]
+def _write(sink: int, data: bytes) -> bool:
+    """Write all of it; False when nobody reads any more (`| head`)."""
+    try:
+        while data:
+            data = data[os.write(sink, data) :]
+    except BrokenPipeError:
+        return False
+    return True
 
 
 def run(connection: socket.socket) -> None:
