@@ -2,13 +2,11 @@
 
 import asyncio
 import contextlib
-from typing import Any
 
 import structlog
 
 import kvmhv
 from kvmhv.agent import state_dir
-from kvmhv.agent.absent import Absent
 from kvmhv.agent.api.host_view import HostView
 from kvmhv.agent.api.listener import Listener
 from kvmhv.agent.api.services import Services
@@ -28,6 +26,7 @@ from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.drivers.auth.trust import Trust
 from kvmhv.drivers.database import Database
 from kvmhv.drivers.host import HostClock
+from kvmhv.drivers.network import LinuxNetwork
 from kvmhv.drivers.peer import Peer
 from kvmhv.drivers.qemu import Qemu
 from kvmhv.drivers.storage.directory import Directories
@@ -53,13 +52,11 @@ class Agent:
         host_id = state_dir.host_id(database)
         settings = Settings(database, config)
         self._metrics = metrics = Metrics(kvmhv.__version__, config.name)
-        trust = Trust(
-            database, certificate.load_or_make(config.state_path / "identity", config.name), hosts_max=limits.peers
-        )
-        peer = Peer(trust, limits.peer_frame_bytes)
+        trusting = _trusting(config, database, clock)
+        peer, trust = trusting.peer, trusting.trust
         self._qemu = qemu = Qemu(config, clock)
         disks = Directories(config)
-        network: Any = Absent("the network")
+        network = LinuxNetwork(config)
         images = Images(config, database, disks)
         self._vms = vms = Vms(config, database, qemu, disks, network, images)
         self._open_moves = open_moves = OpenMoves(
@@ -92,14 +89,12 @@ class Agent:
             network=network,
             running_moves=open_moves.reports,
         )
-        invitations = Invitations(config.name, trust.fingerprint, clock)
         services = Services(
             config=config,
             settings=settings,
             host=view,
-            trusting=Trusting(trust, invitations, peer, config.advertise),
+            trusting=trusting,
             tokens=Tokens(database, clock, limits.tokens),
-            peer=peer,
             metrics=metrics,
             vms=vms,
             images=images,
@@ -136,3 +131,10 @@ class Agent:
         """Learn what QEMU can do before somebody asks: the answer is kept, and asking takes a while."""
         with contextlib.suppress(HostError):
             await self._qemu.probe()
+
+
+def _trusting(config: Config, database: Database, clock: HostClock) -> Trusting:
+    identity = certificate.load_or_make(config.state_path / "identity", config.name)
+    trust = Trust(database, identity, config.limits.peers)
+    invitations = Invitations(config.name, trust.fingerprint, clock)
+    return Trusting(trust, invitations, Peer(trust, config.limits.peer_frame_bytes), config.advertise)
