@@ -198,6 +198,8 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
 
 def phase_times(state: SourceState, now_ms: float) -> tuple[PhaseTime, ...]:
     """Return how long each phase took, the running one up to now."""
+    if not state.marks:
+        return ()
     ends = [mark.at_ms for mark in state.marks[1:]] + [state.ended_ms if state.ended_ms is not None else now_ms]
     return tuple(
         PhaseTime(phase=mark.phase, seconds=max(0.0, end - mark.at_ms) / 1000)
