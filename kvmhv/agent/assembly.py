@@ -42,13 +42,10 @@ class Agent:
     """Every part of the agent, joined. `start` takes up what an earlier agent left and opens the doors."""
 
     def __init__(self, config: Config) -> None:
-        limits = config.limits
         clock = HostClock()
         self._config = config
         self._tasks: list[asyncio.Task[None]] = []
-        self._database = database = Database(
-            config.state_path / "kvmhv.sqlite", config.run_path / "journal", limits.moves_kept
-        )
+        self._database = database = _database(config)
         host_id = state_dir.host_id(database)
         settings = Settings(database, config)
         self._metrics = metrics = Metrics(kvmhv.__version__, config.name)
@@ -94,7 +91,7 @@ class Agent:
             settings=settings,
             host=view,
             trusting=trusting,
-            tokens=Tokens(database, clock, limits.tokens),
+            tokens=Tokens(database, clock, config.limits.tokens),
             metrics=metrics,
             vms=vms,
             images=images,
@@ -131,6 +128,10 @@ class Agent:
         """Learn what QEMU can do before somebody asks: the answer is kept, and asking takes a while."""
         with contextlib.suppress(HostError):
             await self._qemu.probe()
+
+
+def _database(config: Config) -> Database:
+    return Database(config.state_path / "kvmhv.sqlite", config.run_path / "journal", config.limits.moves_kept)
 
 
 def _trusting(config: Config, database: Database, clock: HostClock) -> Trusting:

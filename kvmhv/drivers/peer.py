@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
@@ -195,10 +195,11 @@ class Peer:
         url = f"https://{target.address}{route}"
         headers = {"Content-Length": str(size)}
         async with (
+            contextlib.aclosing(_chunks(file)) as chunks,
             self.session(target) as session,
             self.translated(target),
             asyncio.timeout(timeout_s),
-            session.put(url, data=_chunks(file), headers=headers) as response,
+            session.put(url, data=chunks, headers=headers) as response,
         ):
             await raise_for_body(response, target.name)
 
@@ -301,7 +302,7 @@ async def _bounded(response: aiohttp.ClientResponse, host: str) -> bytes:
     return bytes(content)
 
 
-async def _chunks(file: Path) -> AsyncIterator[bytes]:
+async def _chunks(file: Path) -> AsyncGenerator[bytes, None]:
     try:
         stream = await asyncio.to_thread(file.open, "rb")
     except OSError as error:

@@ -227,7 +227,7 @@ class Host:
 
     @property
     def peer(self) -> Peer:
-        return self.services.peer
+        return self.services.trusting.peer
 
     def local(self) -> aiohttp.ClientSession:
         """A session on the UNIX socket."""
@@ -303,7 +303,6 @@ def compose(config: Config) -> Host:
         ),
         trusting=Trusting(trust, Invitations(config.name, trust.fingerprint, clock), peer, config.advertise),
         tokens=Tokens(database, clock, config.limits.tokens),
-        peer=peer,
         metrics=Metrics("0", config.name),
         vms=vms,
         images=images,

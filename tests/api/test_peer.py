@@ -9,6 +9,12 @@ import pytest
 from kvmhv.errors import CallerError, HostError, PeerBroke, PeerUnreachable, Refused
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doubles do not read what comes, so that no close is answered: do not wait long for it."""
+    monkeypatch.setattr("kvmhv.drivers.peer.CLOSE_S", 0.1)
+
+
 @pytest.fixture
 async def pair(make_host: Any, befriend: Any) -> tuple[Any, Any]:
     limits = {"peer_frame_bytes": 65536}

@@ -46,7 +46,7 @@ def make_app(services: Services, on_request: Callable[[web.Request], None]) -> w
     app.on_response_prepare.append(_note_started)
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _handler(route, services, gate))
-    forwarder = Forwarder(services.trusting.trust.own_name, services.config.socket_path, services.peer)
+    forwarder = Forwarder(services.trusting.trust.own_name, services.config.socket_path, services.trusting.peer)
 
     async def forward(request: web.Request) -> web.StreamResponse:
         caller = request[CALLER]

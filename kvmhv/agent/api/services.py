@@ -11,7 +11,6 @@ from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
 from kvmhv.config import Config
 from kvmhv.drivers.auth.tokens import Tokens
-from kvmhv.drivers.peer import Peer
 from kvmhv.model import (
     DiskFormat,
     Finding,
@@ -144,7 +143,6 @@ class Services:
     host: HostView
     trusting: Trusting
     tokens: Tokens
-    peer: Peer
     metrics: Metrics
     vms: Vms
     images: Images

@@ -47,7 +47,7 @@ class Trusting:
     def __init__(self, trust: Trust, invitations: Invitations, peer: Peer, advertise: str) -> None:
         self.trust = trust
         self._invitations = invitations
-        self._peer = peer
+        self.peer = peer
         self._advertise = advertise
 
     def invite(self, address: str | None) -> str:
@@ -70,7 +70,7 @@ class Trusting:
             certificate_pem=self.trust.certificate_pem,
             proof=proof(invitation.secret, invitation.fingerprint, self.trust.fingerprint, own, own_address),
         )
-        answer = await self._peer.introduce(
+        answer = await self.peer.introduce(
             invitation.address, invitation.fingerprint, JOIN_ROUTE, msgspec.json.encode(introduction), JOIN_S
         )
         try:

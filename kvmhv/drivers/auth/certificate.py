@@ -90,11 +90,6 @@ def normalized_pem(pem: str) -> str:
     return x509.load_pem_x509_certificate(pem.encode()).public_bytes(serialization.Encoding.PEM).decode()
 
 
-def pem_of_der(der: bytes) -> str:
-    """Return a certificate as text."""
-    return ssl.DER_cert_to_PEM_cert(der)
-
-
 def _make(name: str) -> tuple[bytes, bytes]:
     key = ec.generate_private_key(ec.SECP256R1())
     # A fresh random part in the subject: OpenSSL looks trust anchors up by subject, so that two certificates of one
