@@ -181,6 +181,7 @@ async def test_an_image_that_backs_a_vm_stays(host: Host) -> None:
     VmRecords(host.records).delete("1")
     await host.images.remove("debian")
     assert host.files() == []
+    assert list((host.directory / "disks").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "x" * 64, "_x", "ü"])

@@ -103,7 +103,7 @@ class Images:
             await asyncio.to_thread(_put_in_place, fresh, file)
             self._records.put(KIND, name, msgspec.json.encode(image))
             if part == "disk":
-                self._remove_disk_files(name, but=image.disk_format)
+                await self._remove_disk_files(name, but=image.disk_format)
         except ConnectionError:  # the uploader's, not ours
             raise
         except OSError as error:
@@ -119,7 +119,7 @@ class Images:
         self.get(name)
         self._refuse_used(name)
         self._records.delete(KIND, name)
-        self._remove_disk_files(name)
+        await self._remove_disk_files(name)
         await asyncio.to_thread(shutil.rmtree, self._directory / name, ignore_errors=True)
 
     def disk(self, name: str) -> ImageFile:
@@ -174,10 +174,10 @@ class Images:
     def _disk_file(self, name: str, kind: DiskFormat) -> Path:
         return self._disks.path(self._layer(name, kind))
 
-    def _remove_disk_files(self, name: str, but: DiskFormat | None = None) -> None:
+    async def _remove_disk_files(self, name: str, but: DiskFormat | None = None) -> None:
         for kind in DiskFormat:
             if kind is not but:
-                self._disk_file(name, kind).unlink(missing_ok=True)
+                await self._disks.remove(self._layer(name, kind))
 
     def _refuse_used(self, name: str) -> None:
         paths = {self._layer(name, kind).path for kind in DiskFormat}
