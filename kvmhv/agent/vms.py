@@ -248,10 +248,6 @@ class Vms:
         """Files of each disk's layers, top first. Raises CallerError `location-unknown` or `path-invalid`."""
         return self._disks.paths(vm)
 
-    def tap_names(self, vm: Vm) -> dict[str, str]:
-        """Name of each nic's tap."""
-        return self._taps.names(vm)
-
     async def ensure_taps(self, vm: Vm) -> dict[str, str]:
         """Make the VM's taps on their switches; after an error those that it made are gone again."""
         return await self._taps.ensure(vm)
