@@ -112,7 +112,8 @@ class Doctor:
             has = ", ".join(f"{ip}/{prefix}" for ip, prefix in host) or "none"
             text = f"no address of this host ({has}) is in a network that migration may use ({listed})"
             todo = "`kvmhv host set migration.networks=SUBNET`, or migration.use_any_network=true"
-            found.append((_error if settings.enabled else _warning)("migration-network-none", text, todo))
+            severity = Severity.ERROR if settings.enabled else Severity.WARNING
+            found.append(Problem(id="migration-network-none", severity=severity, text=text, todo=todo))
         if not self._trust.list():
             text = "this host trusts no other host, so there is none to move VMs to or from"
             found.append(_warning("trust-none", text, "`kvmhv host trust` on both hosts"))
@@ -121,8 +122,9 @@ class Doctor:
         if free < PORTS_PER_MOVE * settings.moves_in:
             text = f"{free} of the ports {first} to {last} are free; {settings.moves_in} moves in need up to "
             text += f"{PORTS_PER_MOVE * settings.moves_in}"
-            severity = _error if free < PORTS_PER_MOVE else _warning
-            found.append(severity("ports-taken", text, "give migration_ports in agent.toml a larger or another range"))
+            severity = Severity.ERROR if free < PORTS_PER_MOVE else Severity.WARNING
+            todo = "give migration_ports in agent.toml a larger or another range"
+            found.append(Problem(id="ports-taken", severity=severity, text=text, todo=todo))
         return found
 
     def _listening(self, first: int, last: int) -> set[int]:
