@@ -56,7 +56,13 @@ class TargetMachine:
         await self._vms.make_disks(self._vm, arriving)
         taps = await self._vms.ensure_taps(self._vm)
         address = await self._hypervisor.start_incoming(
-            self._vm, self._vms.disk_paths(self._vm), taps, effect.plan, self._psk_hex, arriving
+            self._vm,
+            self._vms.disk_paths(self._vm),
+            taps,
+            effect.plan,
+            self._psk_hex,
+            arriving,
+            self._vms.kernel_files(self._vm),
         )
         return facts.IncomingReady(at_ms=self._clock.monotonic_ms(), address=address)
 

@@ -54,8 +54,8 @@ def _show(report: "DemoReport", dirty: str, seconds: float) -> None:
         ("dirtied all the time", f"{dirty}iB/s"),
     ]
     if report.disk is not None:
-        missing = report.disk.lost + report.disk.stale + report.disk.torn + report.disk.misplaced
-        rows.append(("acknowledged writes", f"{report.disk.acked_records} acknowledged, {missing} missing"))
+        missing = sum(report.disk[kind] for kind in ("lost", "stale", "torn", "misplaced"))
+        rows.append(("acknowledged writes", f"{report.disk['acked_records']} acknowledged, {missing} missing"))
     rows.append(("left behind", f"{len(report.leftovers)} things"))
     output.say("")
     output.pairs(rows)
@@ -95,7 +95,7 @@ def _as_json(report: "DemoReport") -> dict[str, object]:
     return {
         "moves": [{"report": move.report, "outside": move.window} for move in report.moves],
         "watch": report.watch,
-        "disk": report.disk.as_json() if report.disk is not None else None,
+        "disk": report.disk,
         "leftovers": report.leftovers,
         "problems": report.problems(),
     }
