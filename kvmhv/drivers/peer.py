@@ -8,10 +8,11 @@ agent outright, without a certificate, whether it trusts this host; the answer m
 import asyncio
 import contextlib
 import ipaddress
+import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import aiohttp
 import msgspec
@@ -189,19 +190,21 @@ class Peer:
         target = self.trusted(host)
         route = FILE_ROUTE.format(move=move_id, name=name)
         try:
-            size = (await asyncio.to_thread(file.stat)).st_size
+            # Before aiohttp's writer runs: that is cancelled at any moment, and would lose a file that it opens.
+            stream = await asyncio.to_thread(file.open, "rb")
         except OSError as error:
             raise _unreadable(file, error) from error
+        size = os.fstat(stream.fileno()).st_size
         url = f"https://{target.address}{route}"
         headers = {"Content-Length": str(size)}
-        async with (
-            contextlib.aclosing(_chunks(file)) as chunks,
-            self.session(target) as session,
-            self.translated(target),
-            asyncio.timeout(timeout_s),
-            session.put(url, data=chunks, headers=headers) as response,
-        ):
-            await raise_for_body(response, target.name)
+        with stream:
+            async with (
+                self.session(target) as session,
+                self.translated(target),
+                asyncio.timeout(timeout_s),
+                session.put(url, data=_chunks(file, stream), headers=headers) as response,
+            ):
+                await raise_for_body(response, target.name)
 
     def session(self, target: TrustedHost) -> aiohttp.ClientSession:
         """Return a client session that reaches this host only, without a total deadline: the caller sets one."""
@@ -302,20 +305,15 @@ async def _bounded(response: aiohttp.ClientResponse, host: str) -> bytes:
     return bytes(content)
 
 
-async def _chunks(file: Path) -> AsyncGenerator[bytes, None]:
-    try:
-        stream = await asyncio.to_thread(file.open, "rb")
-    except OSError as error:
-        raise _unreadable(file, error) from error
-    with stream:
-        while True:
-            try:
-                chunk = await asyncio.to_thread(stream.read, UPLOAD_CHUNK_BYTES)
-            except OSError as error:
-                raise _unreadable(file, error) from error
-            if not chunk:
-                return
-            yield chunk
+async def _chunks(file: Path, stream: IO[bytes]) -> AsyncIterator[bytes]:
+    while True:
+        try:
+            chunk = await asyncio.to_thread(stream.read, UPLOAD_CHUNK_BYTES)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        if not chunk:
+            return
+        yield chunk
 
 
 def _session(context: ssl.SSLContext) -> aiohttp.ClientSession:

@@ -108,10 +108,15 @@ async def test_a_killed_agent_starts_again_as_it_was(start: Start, systemd: Syst
     first.kill()
     await first.communicate()
     assert (short_path / "run/agent.sock").exists()
-    await start(log_format="json")
+    second = await start(log_format="json")
     assert await systemd.heard() == b"READY=1"
     after = await ask(short_path, "/v1/host")
     assert (before["id"], before["fingerprint"]) == (after["id"], after["fingerprint"])
+    second.send_signal(signal.SIGINT)
+    _, said = await asyncio.wait_for(second.communicate(), 5)
+    lines = [json.loads(line) for line in said.decode().splitlines()]
+    assert [line["event"] for line in lines] == ["agent ready", "agent stopping; VMs run on"]
+    assert all(line["level"] == "info" and line["timestamp"].endswith("Z") for line in lines)
 
 
 async def test_a_taken_port_is_told_in_one_line(start: Start, short_path: Path) -> None:

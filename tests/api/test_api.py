@@ -1,7 +1,9 @@
 """The REST API on the local socket: routes, strictness, errors, streams."""
 
 import asyncio
+import grp
 import json
+import os
 import re
 import socket
 import stat
@@ -199,6 +201,24 @@ async def test_events_end_with_the_ended_report(make_host: Any, move_report: Any
     assert json.loads(events[-1].partition("data: ")[2])["outcome"] == "done"
 
 
+async def test_the_doors_close_though_somebody_watches(make_host: Any, move_report: Any) -> None:
+    host = await make_host("host1")
+    host.moves.reports = [move_report("abc1")]
+
+    async def watch(move_id: str) -> AsyncIterator[Any]:
+        yield move_report("abc1")
+        await asyncio.Event().wait()
+
+    host.moves.watch = watch
+    async with host.local() as local, local.get("/v1/moves/abc1/events") as response:
+        assert (await response.content.readline()).startswith(b"event: move")
+        async with asyncio.timeout(4):
+            await host.listener.close()
+        assert not host.config.socket_path.exists()
+        with pytest.raises(aiohttp.ClientError):
+            await response.read()
+
+
 async def test_paced_skips_all_but_the_newest_and_beats(move_report: Any) -> None:
     go_on = asyncio.Event()
 
@@ -251,6 +271,13 @@ def _routes(host: Any) -> list[Any]:
 async def test_socket_is_roots_alone_without_the_group(make_host: Any) -> None:
     host = await make_host("host1")
     assert stat.S_IMODE(host.config.socket_path.stat().st_mode) == 0o600
+
+
+async def test_socket_is_for_the_group_where_it_exists(make_host: Any) -> None:
+    own = grp.getgrgid(os.getgid())
+    host = await make_host("host1", socket_group=own.gr_name)
+    found = host.config.socket_path.stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, own.gr_gid)
 
 
 async def test_socket_of_a_dead_agent_is_replaced_and_of_a_live_one_not(make_host: Any, tmp_path: Path) -> None:

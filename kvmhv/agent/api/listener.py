@@ -34,7 +34,8 @@ HALF_OPEN_MAX = 64
 HALF_OPEN_MAX_PER_IP = 16
 ACCEPT_AGAIN_S = 0.5
 BACKLOG = 128
-SHUTDOWN_S = 2.0
+SHUTDOWN_S = 1.0
+"""Requests that run get so long to end when the agent stops; streams never end by themselves."""
 KEEPALIVE_S = 75.0
 
 log = structlog.get_logger()
