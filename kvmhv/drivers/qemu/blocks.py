@@ -28,6 +28,10 @@ TARGET = "target-"
 COPY = "copy-"
 POLL_S = 0.1
 NODE_NAME_MAX = 31
+NBD_GREETING = b"NBDMAGICIHAVEOPT"
+"""The first bytes of a server (the NBD protocol, "fixed newstyle negotiation")."""
+GREETING_TIMEOUT_S = 5.0
+OPEN_TIMEOUT_S = 3
 
 
 def layers_arriving(copy: DiskCopy) -> int:
@@ -186,13 +190,16 @@ async def undo(qmp: Qmp, timeout_s: float) -> None:
 
     Raises QmpLost if they do not end in time.
     """
-    async with asyncio.timeout(timeout_s):
-        for job_id, job in (await _jobs(qmp)).items():
-            await _end_by_force(qmp, job_id, job["status"])
-        names = [node["node-name"] for node in await qmp.execute("query-named-block-nodes", {"flat": True})]
-        # Copies read the files under them, so they go first.
-        for name in sorted(name for name in names if name.startswith((TARGET, COPY))):
-            await qmp.execute("blockdev-del", {"node-name": name})
+    try:
+        async with asyncio.timeout(timeout_s):
+            for job_id, job in (await _jobs(qmp)).items():
+                await _end_by_force(qmp, job_id, job["status"])
+            names = [node["node-name"] for node in await qmp.execute("query-named-block-nodes", {"flat": True})]
+            for name in names:
+                if name.startswith((TARGET, COPY)):
+                    await qmp.execute("blockdev-del", {"node-name": name})
+    except TimeoutError:
+        raise QmpLost("qemu-hangs", "the copies of the disks do not end", "end the VM's QEMU by hand") from None
 
 
 async def used_bytes(qmp: Qmp) -> dict[str, int]:
@@ -286,6 +293,7 @@ async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> Non
 
 async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None:
     assert len(TARGET + export_name) <= NODE_NAME_MAX
+    await _greeted(plan.target_address, port)
     await qmp.execute(
         "blockdev-add",
         {
@@ -296,8 +304,29 @@ async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None
             "tls-creds": TLS_OBJECT,
             # Zeroes travel as a request, not as data, and stay holes at the target.
             "discard": "unmap",
+            "open-timeout": OPEN_TIMEOUT_S,
         },
     )
+
+
+async def _greeted(ip: str, port: int) -> None:
+    """Make sure that the target's NBD server answers, before QEMU waits for it.
+
+    While QEMU connects, its main loop and so the guest stand still; a target that accepts and says nothing (its host
+    hangs) would hold them for as long as TCP has patience. Raises HostError `mirror-failed`.
+    """
+    try:
+        async with asyncio.timeout(GREETING_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(ip, port)
+            try:
+                await reader.readexactly(len(NBD_GREETING))
+            finally:
+                writer.close()
+                await writer.wait_closed()
+    except TimeoutError:
+        raise _failed(f"the target's NBD server ({ip} port {port}) said nothing in {GREETING_TIMEOUT_S:g} s") from None
+    except (OSError, EOFError) as error:
+        raise _failed(f"the target's NBD server ({ip} port {port}): {error}") from error
 
 
 async def _finish(qmp: Qmp, job_id: str) -> None:
@@ -347,10 +376,3 @@ def _job_error(job: dict[str, Any] | None, started: bool) -> str:
 
 def _failed(text: str) -> HostError:
     return HostError("mirror-failed", f"copying a disk failed: {text}", "see both VMs' qemu.log; the guest runs on")
-
-
-def lost(error: TimeoutError | QmpLost) -> HostError:
-    """Return the error for jobs that did not end in time."""
-    if isinstance(error, QmpLost):
-        return error
-    return QmpLost("qemu-hangs", "the disks' copies do not end", "end the VM's QEMU by hand")

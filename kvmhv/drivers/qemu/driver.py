@@ -168,6 +168,7 @@ class Qemu:
             raise HostError("mirror-failed", f"{vm.name}: the target exports no disk", "try the move again")
         await keys.add(instance.qmp, instance.directory, "client", psk_hex)
         await instance.mirrors.close()
+        instance.remember_peer(plan.target_address, address)
         instance.mirrors = await blocks.begin(instance.qmp, plan, address.disk_port)
 
     async def mirror_stats(self, vm_id: str) -> tuple[MirrorStats, ...]:
@@ -185,7 +186,8 @@ class Qemu:
         instance = await self._instance(vm.id)
         if not instance.mirrors.disks:
             await keys.add(instance.qmp, instance.directory, "client", psk_hex)
-        await memory.begin(instance.qmp, plan, address.memory_port)
+        instance.remember_peer(plan.target_address, address)
+        await memory.begin(instance.qmp, plan, address.memory_port, instance.cut)
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
         """Return query-migrate; status `lost` when QMP does not answer in time."""
@@ -220,19 +222,14 @@ class Qemu:
     async def _undo(self, instance: Instance, timeout_s: float) -> str:
         qmp = instance.qmp
         await instance.mirrors.close()
-        status = await memory.cancel(qmp, timeout_s / 2)
-        try:
-            await blocks.undo(qmp, timeout_s / 4)
-        except (TimeoutError, QmpLost):
-            # The target is unreachable and the job waits for it: cut the connection, then it ends.
-            await memory.yank(qmp)
-            try:
-                await blocks.undo(qmp, timeout_s / 4)
-            except (TimeoutError, QmpLost) as error:
-                raise blocks.lost(error) from error
+        # The copies are of no use any more, and a target that hangs would hold them, and the guest's writes with them.
+        await memory.yank(qmp, ("block-node",))
+        status = await memory.cancel(qmp, timeout_s / 2, instance.cut)
+        await blocks.undo(qmp, timeout_s / 2)
         instance.mirrors = blocks.Mirrors()
         await keys.remove_object(qmp)
         instance.directory.remove_keys()
+        instance.forget_peer()
         return status
 
     def _directory(self, vm_id: str) -> VmDir:

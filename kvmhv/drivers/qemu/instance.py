@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from kvmhv.drivers.qemu.process import Process
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLog, QmpLost, QmpRefused
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError, KvmhvError
-from kvmhv.model import Accel
+from kvmhv.model import Accel, IncomingAddress
 from kvmhv.ports import QemuEvent, RunState
 
 CONSOLE_LOG_CHECK_S = 5.0
@@ -119,9 +120,11 @@ class Instance:
     async def kill(self) -> None:
         """End the process: `quit`, then SIGKILL; it is gone when this returns. Raises HostError `qemu-unkillable`."""
         if not self.process.gone:
+            ends = False
             with contextlib.suppress(QmpLost, QmpRefused):
                 await self.qmp.execute("quit", timeout_s=QUIT_S)
-            if not await self.process.wait_gone(QUIT_S):
+                ends = await self.process.wait_gone(QUIT_S)
+            if not ends:
                 self.process.send(signal.SIGKILL)
             if not await self.process.wait_gone(KILL_S):
                 raise HostError(
@@ -131,6 +134,22 @@ class Instance:
                 )
         await asyncio.wait({self._watch})
         self.directory.remove()
+
+    def remember_peer(self, ip: str, address: IncomingAddress) -> None:
+        """Keep where a move goes, for `cut`, also after a restart of the agent."""
+        ports = [port for port in (address.memory_port, address.disk_port) if port is not None]
+        self.directory.peer.write_text(json.dumps({"ip": ip, "ports": ports}))
+
+    def cut(self) -> None:
+        """Cut the move's connections from outside, whatever QEMU's main loop is doing; no error if there are none."""
+        if self.directory.peer.exists():
+            peer = json.loads(self.directory.peer.read_text())
+            count = self.process.cut(peer["ip"], tuple(peer["ports"]))
+            log.warning("%s: QEMU hangs in the move; cut %d connections to %s", self.name, count, peer["ip"])
+
+    def forget_peer(self) -> None:
+        """The move has ended."""
+        self.directory.peer.unlink(missing_ok=True)
 
     async def close(self) -> None:
         """Let go of the process, which runs on."""

@@ -5,7 +5,8 @@ says `completed` when the bytes are in its socket buffer; pause-before-switchove
 """
 
 import asyncio
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable
 
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
 from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
@@ -17,7 +18,10 @@ ALWAYS = ("events", "return-path", "pause-before-switchover")
 UNLIMITED_BYTES_PER_S = 1 << 40
 DOWNTIME_LIMIT_MS = 1
 STATS_TIMEOUT_S = 3.0
-YANK_TIMEOUT_S = 3.0
+CANCEL_TIMEOUT_S = 1.0
+YANK_TIMEOUT_S = 2.0
+POLL_S = 0.02
+HANDSHAKE_S = 3.0
 EXIT_ON_ERROR_SINCE = (9, 1, 0)
 
 IDLE = frozenset({"", "none", "completed", "failed", "cancelled"})
@@ -62,8 +66,12 @@ async def listen(qmp: Qmp, ip: str, ports: tuple[int, int]) -> int:
     raise HostError("qemu-error", f"QEMU does not say where it listens: {answer}", "see the VM's qemu.log")
 
 
-async def begin(qmp: Qmp, plan: Plan, port: int) -> None:
-    """Source: begin to send memory. Raises HostError; then no migration runs."""
+async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None]) -> None:
+    """Source: begin to send memory. Raises HostError; then `undo` is due.
+
+    While QEMU shakes hands its main loop and the guest stand still, so this is watched: if the target says nothing for
+    HANDSHAKE_S, `cut` cuts the connections and the migration has failed.
+    """
     await set_capabilities(qmp, plan)
     await qmp.execute(
         "migrate-set-parameters",
@@ -75,6 +83,15 @@ async def begin(qmp: Qmp, plan: Plan, port: int) -> None:
         },
     )
     await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}"})
+    for _ in range(int(HANDSHAKE_S / POLL_S)):
+        status = (await stats(qmp, HANDSHAKE_S)).status
+        if status == "lost":
+            cut()
+            raise HostError("migrate-failed", "the target does not answer the handshake", "see whether its host hangs")
+        if status != "setup":
+            return
+        # It may stay in setup for other reasons (storage that hangs); QMP answers, so the guest runs.
+        await asyncio.sleep(POLL_S)
 
 
 async def stop(qmp: Qmp) -> None:
@@ -85,10 +102,10 @@ async def stop(qmp: Qmp) -> None:
     )
 
 
-async def stats(qmp: Qmp) -> MemoryStats:
+async def stats(qmp: Qmp, timeout_s: float = STATS_TIMEOUT_S) -> MemoryStats:
     """Return query-migrate flat; status `lost` when there is no answer."""
     try:
-        answer = await qmp.execute("query-migrate", timeout_s=STATS_TIMEOUT_S)
+        answer = await qmp.execute("query-migrate", timeout_s=timeout_s)
     except QmpLost as lost:
         return MemoryStats(status="lost", error=lost.message)
     ram = answer.get("ram", {})
@@ -105,40 +122,40 @@ async def stats(qmp: Qmp) -> MemoryStats:
     )
 
 
-async def cancel(qmp: Qmp, timeout_s: float) -> str:
-    """Cancel the migration, by out-of-band yank if QMP hangs; returns its final status.
+async def cancel(qmp: Qmp, timeout_s: float, cut: Callable[[], None]) -> str:
+    """Cancel the migration; if QMP hangs, by out-of-band yank and by `cut`. Returns its final status.
 
     Raises QmpLost if even that does not end it within the time.
     """
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    status = (await stats(qmp)).status
-    try:
-        if status not in IDLE and status != "lost":
-            await qmp.execute("migrate_cancel", timeout_s=STATS_TIMEOUT_S)
-            status = (await stats(qmp)).status
-    except QmpLost:
-        status = "lost"
+    now_s = asyncio.get_running_loop().time
+    deadline_s = now_s() + timeout_s
+    status = (await stats(qmp, CANCEL_TIMEOUT_S)).status
     while status not in IDLE:
-        if asyncio.get_running_loop().time() > deadline:
+        if now_s() > deadline_s:
             raise QmpLost("qemu-hangs", f"the migration does not end: it is {status}", "end the VM's QEMU by hand")
-        if status == "lost":
-            await yank(qmp)
-        await asyncio.sleep(0.05)
-        status = (await stats(qmp)).status
+        try:
+            if status == "lost":
+                await yank(qmp)
+                cut()
+            elif status != "cancelling":
+                await qmp.execute("migrate_cancel", timeout_s=CANCEL_TIMEOUT_S)
+            await asyncio.sleep(POLL_S)
+            status = (await stats(qmp, CANCEL_TIMEOUT_S)).status
+        except QmpLost:
+            status = "lost"
+        except QmpRefused:
+            # It ended by itself in between.
+            status = (await stats(qmp, CANCEL_TIMEOUT_S)).status
     return status
 
 
-async def yank(qmp: Qmp) -> None:
-    """Cut every connection of migration and disks out of band, which works while QEMU's main loop hangs in one."""
-    try:
+async def yank(qmp: Qmp, kinds: tuple[str, ...] = ("migration", "block-node")) -> None:
+    """Cut connections of migration and disks out of band, which works while QEMU's main loop hangs in one of them.
+
+    No error if there is none, or QEMU does not even answer this: the caller looks at what it wanted to end.
+    """
+    with contextlib.suppress(QmpRefused, QmpLost):
         instances = await qmp.execute("query-yank", timeout_s=YANK_TIMEOUT_S, oob=True)
-        await _yank(qmp, [entry for entry in instances if entry["type"] != "chardev"])
-    except (QmpRefused, QmpLost):
-        # It ended by itself in between, or the process is gone: the caller looks again.
-        return
-
-
-async def _yank(qmp: Qmp, instances: Iterable[object]) -> None:
-    chosen = list(instances)
-    if chosen:
-        await qmp.execute("yank", {"instances": chosen}, timeout_s=YANK_TIMEOUT_S, oob=True)
+        chosen = [entry for entry in instances if entry["type"] in kinds]
+        if chosen:
+            await qmp.execute("yank", {"instances": chosen}, timeout_s=YANK_TIMEOUT_S, oob=True)

@@ -149,14 +149,15 @@ async def _why_not_kvm(binary: Path) -> str:
         os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         return f"{KVM_DEVICE} does not open: {error.strerror}"
-    if not _cpu_virtualizes(Path("/proc/cpuinfo").read_text()):
+    if not _cpu_virtualizes():
         # seen: a tiny guest runs there all the same, and Linux hangs
         return f"{KVM_DEVICE} opens, but the CPU has neither vmx nor svm (is nesting switched off?)"
     found = await runs_a_guest(binary, Accel.KVM, PROOF_TIMEOUT_S)
     return f"{KVM_DEVICE} opens, but {found}" if found else ""
 
 
-def _cpu_virtualizes(cpuinfo: str) -> bool:
+def _cpu_virtualizes() -> bool:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
     flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split()
     return "vmx" in flags or "svm" in flags
 

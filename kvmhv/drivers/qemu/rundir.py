@@ -1,9 +1,10 @@
 """The directory of one VM's QEMU under `run_dir`: sockets, logs, keys. It is on tmpfs, so a reboot ends it.
 
-    run_dir/vm/<id>/   qmp.sock  console.sock  qemu.log  console.log  qmp.log  incoming  cont-sent  keys/
+    run_dir/vm/<id>/   qmp.sock  console.sock  qemu.log  console.log  qmp.log  incoming  cont-sent  peer.json  keys/
     run_dir/ended/<id>/  the logs of a QEMU that was ended, for the curious; the newest ENDED_KEPT only
 
-`incoming` marks a QEMU that was started for a move in, `cont-sent` that it was then told to run.
+`incoming` marks a QEMU that was started for a move in, `cont-sent` that it was then told to run; `peer.json` is there
+while a move goes out.
 """
 
 import contextlib
@@ -76,6 +77,11 @@ class VmDir:
     def cont_mark(self) -> Path:
         """Exists when an incoming QEMU may have run: written before `cont` is sent."""
         return self.path / "cont-sent"
+
+    @property
+    def peer(self) -> Path:
+        """Address and ports of the target of a move that goes on."""
+        return self.path / "peer.json"
 
     def make(self, *, incoming: bool) -> None:
         """Make the directory afresh. Raises HostError `run-dir`."""
