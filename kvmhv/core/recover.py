@@ -8,12 +8,12 @@ run has not run. Only a target whose host rebooted, which takes the volatile jou
 import msgspec
 
 from kvmhv.core import handover, source, source_undo, target
-from kvmhv.core.effects import Effect, EndCopy, Journal, NeedOperator, SetTimer, UndoSource, UndoTarget
+from kvmhv.core.effects import Effect, EndCopy, Finish, Journal, NeedOperator, SetTimer, UndoSource, UndoTarget
 from kvmhv.core.facts import QemuGone, Restarted
 from kvmhv.core.handover import SourceHold
 from kvmhv.core.source_state import STEP_TIMER, SourceState, SourceStep, failed_body
 from kvmhv.core.target_state import TargetState, TargetStep
-from kvmhv.messages import Owned, Refused, Unknown
+from kvmhv.messages import Abort, Finished, Owned, Refused, Unknown
 from kvmhv.model import ErrorBody, MoveReport, Outcome
 
 MAYBE_COMPLETE = (SourceStep.MEMORY, SourceStep.STOPPING, SourceStep.SWITCHING)
@@ -25,7 +25,7 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
     hold = state.hold
     if not found.process:
         hold = SourceHold(epoch=hold.epoch, right=hold.right, copy_lost=True)
-    state = msgspec.structs.replace(state, hold=hold, connected=False)
+    state = msgspec.structs.replace(state, hold=hold, connected=False, guest_runs=state.guest_runs and found.process)
     if state.step is SourceStep.GRANTED:
         return state, [SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
     if state.step is SourceStep.CLEANUP:
@@ -53,10 +53,12 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
 
 def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:
     """Return how the target goes on."""
-    state = msgspec.structs.replace(state, connected=False)
+    state = msgspec.structs.replace(state, connected=False, preparing=False)
     timeouts = state.plan.timeouts
     if state.step in (TargetStep.RECEIVING, TargetStep.PREPARING):
         return target.refuse(state, _restarted(state))
+    if state.step is TargetStep.ENDED:
+        return state, [Finish(report=target.report(state))]
     if state.step is TargetStep.UNDOING:
         timer = SetTimer(name=target.STEP_TIMER, after_s=timeouts.undo_s)
         return state, [timer, UndoTarget(plan=state.plan)]
@@ -133,3 +135,16 @@ def answer_as_target(ended: MoveReport | None, epoch: int, host: str) -> Owned |
         exit_status=5,
     )
     return Unknown(epoch=epoch, error=error)
+
+
+def answer_as_source(ended: MoveReport | None, epoch: int, host: str) -> Abort | Finished | None:
+    """Return what a source says to a target about a move that it has no open state of; None: it knows nothing of it.
+
+    It ended well: the target owns the VM. It ended otherwise: the source has taken it back, or was refused.
+    """
+    if ended is None:
+        return None
+    if ended.outcome is Outcome.DONE:
+        return Finished(epoch=epoch, report=ended)
+    error = ended.error or ErrorBody(code="move-ended", message=f"the move had ended on {host}", todo="", host=host)
+    return Abort(epoch=epoch, error=error)

@@ -14,7 +14,9 @@ from kvmhv.core.effects import ClearTimer, Effect, Send, SetTimer
 from kvmhv.core.handover import SourceRight
 from kvmhv.core.source_state import (
     BEFORE_BLACKOUT,
+    IDLE_TIMER,
     PEER_TIMER,
+    STEP_TIMER,
     UNDOABLE,
     Handler,
     Result,
@@ -42,6 +44,8 @@ def step(state: SourceState, fact: facts.Fact) -> Result:
     """Return the next state and what is to be done. A fact that no longer matters changes nothing."""
     if isinstance(fact, facts.Received):
         handler = ON_MESSAGE.get((state.step, type(fact.message)))
+    elif isinstance(fact, facts.TimerFired) and state.step not in TIMERS[fact.name]:
+        handler = None
     else:
         handler = ON_FACT.get((state.step, type(fact))) or ON_FACT_ANYWHERE.get(type(fact))
     after, effects = handler(state, fact) if handler else (state, [])
@@ -100,6 +104,9 @@ def _peer_lost(state: SourceState, fact: facts.Fact) -> Result:
 
 S = SourceStep
 
+TIMERS = {STEP_TIMER: tuple(S), IDLE_TIMER: (S.STORAGE, S.MEMORY), PEER_TIMER: UNDOABLE}
+"""In which steps a timer means something."""
+
 ON_MESSAGE: dict[tuple[SourceStep, type], Handler] = {
     (S.ENQUIRING, Answer): source_setup.answered,
     (S.OFFERING, FilesWanted): source_setup.files_wanted,
@@ -130,6 +137,7 @@ ON_FACT: dict[tuple[SourceStep, type], Handler] = {
     (S.CLEANUP, facts.Failed): source_switchover.cleanup_failed,
     (S.CLEANUP, facts.TimerFired): source_switchover.cleanup_too_long,
     (S.UNDOING, facts.Undone): source_undo.undone,
+    (S.UNDOING, facts.GuestRuns): source_undo.resumed,
     (S.UNDOING, facts.Failed): source_undo.undo_failed,
     (S.UNDOING, facts.TimerFired): source_undo.undo_too_long,
     (S.UNDOING, facts.PeerLost): source_undo.undo_lost_peer,

@@ -105,6 +105,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     target_owns: bool = False
     removing: bool = False
     undone: bool = False
+    resumed: bool = False
+    """After the undo the guest was seen to run here."""
     target_undone: bool = False
 
     @property

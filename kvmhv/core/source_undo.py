@@ -1,11 +1,23 @@
 """The source takes the move back: failure, cancel, refusal. The guest goes on here, then the rest is cleared."""
 
+import msgspec
+
 from kvmhv.core import facts, handover, source_switchover
-from kvmhv.core.effects import Effect, Finish, Journal, NeedOperator, Send, UndoSource
+from kvmhv.core.effects import (
+    ClearTimer,
+    Effect,
+    Finish,
+    Journal,
+    NeedOperator,
+    Send,
+    SetTimer,
+    UndoSource,
+)
 from kvmhv.core.handover import SourceHold, SourceRight
 from kvmhv.core.source_state import (
     IDLE_TIMER,
     PEER_TIMER,
+    STEP_TIMER,
     UNDOABLE,
     Result,
     SourceState,
@@ -20,13 +32,16 @@ from kvmhv.model import ErrorBody, Outcome
 
 
 def undo(state: SourceState, at_ms: float, outcome: Outcome, error: ErrorBody) -> Result:
-    """Take the move back: the guest goes on here first, the rest is cleared behind it."""
+    """Take the move back. It is on disk before the guest can go on: a host that reboots never grants it any more."""
     if state.step is SourceStep.ENQUIRING:
         return end(state, at_ms, outcome, error)
     state = update(state, outcome=outcome, failure=error)
     after, effects = enter(state, SourceStep.UNDOING, state.timeouts.undo_s)
     return after, [
+        Journal(),
         *effects,
+        ClearTimer(name=IDLE_TIMER),
+        ClearTimer(name=PEER_TIMER),
         UndoSource(timeout_s=state.timeouts.undo_s / 2),
         Send(message=Abort(epoch=state.hold.epoch, error=error)),
     ]
@@ -38,7 +53,12 @@ def fail(state: SourceState, at_ms: float, error: ErrorBody) -> Result:
 
 
 def end(state: SourceState, at_ms: float, outcome: Outcome, error: ErrorBody) -> Result:
-    """The move is over without having moved the VM."""
+    """The move is over without having moved the VM; says so if its QEMU is gone, then it does not run here."""
+    if state.hold.copy_lost:
+        text = error.message.removesuffix(f"; the VM runs on {state.source}")
+        text = f"{text}; its QEMU on {state.source} is gone: the VM is stopped there"
+        error = msgspec.structs.replace(error, message=text, exit_status=1)
+        outcome = Outcome.FAILED  # nobody may read "cancelled" as "it runs"
     state = update(state, step=SourceStep.ENDED, outcome=outcome, failure=error).end_phases(at_ms)
     return state, [Finish(report=report(state, at_ms))]
 
@@ -46,42 +66,69 @@ def end(state: SourceState, at_ms: float, outcome: Outcome, error: ErrorBody) ->
 def undone(state: SourceState, fact: facts.Fact) -> Result:
     """What was made here is taken back: the guest goes on."""
     assert isinstance(fact, facts.Undone)
-    state = update(state, undone=True, warnings=(*state.warnings, *fact.warnings))
+    if state.undone:
+        return state, []
+    return _resume(update(state, undone=True, warnings=(*state.warnings, *fact.warnings)), fact.at_ms)
+
+
+def _resume(state: SourceState, at_ms: float) -> Result:
     effects = handover.resume_at_source(state.hold, state.vm.id)
-    after, more = _end_when_undone(update(state, guest_runs=not state.hold.copy_lost), fact.at_ms)
-    return after, [*effects, Journal(), *more] if after.step is not SourceStep.ENDED else [*effects, *more]
+    after, more = _end_when_undone(state, at_ms)
+    return after, [*effects, *more]
+
+
+def resumed(state: SourceState, fact: facts.Fact) -> Result:
+    """The guest runs here again."""
+    return _end_when_undone(update(state, resumed=True, guest_runs=state.hold.may_run()), fact.at_ms)
 
 
 def target_undone(state: SourceState, fact: facts.Fact) -> Result:
-    """The target has taken its side back."""
+    """The target has taken its side back; a guest that could not go on (the target had its disks) can now."""
     message = facts.message_of(fact, Refused)
-    hold = handover.take_refusal(state.hold, message.epoch) if message.epoch == state.hold.epoch else state.hold
-    return _end_when_undone(update(state, hold=hold, target_undone=True), fact.at_ms)
+    if message.epoch != state.hold.epoch:
+        return state, []
+    first = not state.target_undone
+    state = update(state, hold=handover.take_refusal(state.hold, message.epoch), target_undone=True)
+    if first and state.undone and not state.resumed:
+        return _resume(state, fact.at_ms)
+    return _end_when_undone(state, fact.at_ms)
 
 
 def target_undone_unknown(state: SourceState, fact: facts.Fact) -> Result:
     """The target cannot tell, but what was not granted it cannot have run."""
+    if facts.message_of(fact, Unknown).epoch != state.hold.epoch:
+        return state, []
     return _end_when_undone(update(state, target_undone=True), fact.at_ms)
 
 
 def _end_when_undone(state: SourceState, at_ms: float) -> Result:
-    if not state.undone or not (state.target_undone or not state.connected):
+    here = state.undone and (state.resumed or state.hold.copy_lost)
+    if not here or not (state.target_undone or not state.connected):
         return state, []
     assert state.failure is not None
     return end(state, at_ms, state.outcome, state.failure)
 
 
 def undo_too_long(state: SourceState, fact: facts.Fact) -> Result:
-    """The target did not confirm in time (it clears up by itself later), or QEMU here hangs."""
-    warning = f"{state.target} has not confirmed that it has taken everything back"
-    effects: list[Effect] = []
-    if not state.undone:
-        warning = "QEMU did not answer while the move was taken back"
-        effects = handover.resume_at_source(state.hold, state.vm.id)
-        state = update(state, guest_runs=not state.hold.copy_lost)
+    """The target did not confirm in time (it clears up by itself later), or QEMU here hangs: it is tried again."""
     assert state.failure is not None
-    after, more = end(update(state, warnings=(*state.warnings, warning)), fact.at_ms, state.outcome, state.failure)
-    return after, [*effects, *more]
+    if state.undone and (state.resumed or state.hold.copy_lost):
+        warning = f"{state.target} has not confirmed that it has taken everything back"
+        failure = state.failure
+        return end(update(state, warnings=(*state.warnings, warning)), fact.at_ms, state.outcome, failure)
+    error = ErrorBody(
+        code="resume-failed",
+        message=f"the move was taken back, but QEMU does not let {state.vm.name} go on: it stands still on "
+        f"{state.source}",
+        todo="it is tried again and again; if QEMU hangs for good, end its process: the VM can then be started again",
+        host=state.source,
+        exit_status=5,
+    )
+    again = update(state, undone=True)
+    effects: list[Effect] = [SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)]
+    if not state.undone:
+        effects.append(UndoSource(timeout_s=state.timeouts.undo_s / 2))
+    return again, [*effects, *handover.resume_at_source(state.hold, state.vm.id), NeedOperator(error=error)]
 
 
 def undo_lost_peer(state: SourceState, fact: facts.Fact) -> Result:
@@ -90,9 +137,11 @@ def undo_lost_peer(state: SourceState, fact: facts.Fact) -> Result:
 
 
 def undo_failed(state: SourceState, fact: facts.Fact) -> Result:
-    """Taking back failed: the guest goes on all the same."""
+    """Taking back failed: the guest goes on all the same. A Cont that failed is tried again by the step's timer."""
     assert isinstance(fact, facts.Failed)
-    return undone(state, facts.Undone(at_ms=fact.at_ms, warnings=(fact.error.message,)))
+    if fact.effect == UndoSource.__name__:
+        return undone(state, facts.Undone(at_ms=fact.at_ms, warnings=(fact.error.message,)))
+    return state, []
 
 
 # --- why
@@ -110,13 +159,14 @@ def refused(state: SourceState, fact: facts.Fact) -> Result:
     if message.epoch != state.hold.epoch:
         return state, []
     hold = handover.take_refusal(state.hold, message.epoch)
-    outcome = Outcome.FAILED if state.outcome is not Outcome.CANCELLED else Outcome.CANCELLED
-    return undo(update(state, hold=hold, target_undone=True), fact.at_ms, outcome, message.error)
+    return undo(update(state, hold=hold, target_undone=True), fact.at_ms, Outcome.FAILED, message.error)
 
 
 def unknown(state: SourceState, fact: facts.Fact) -> Result:
     """The target cannot tell whether it ran: harmless before a grant, a matter for the operator after it."""
     message = facts.message_of(fact, Unknown)
+    if message.epoch != state.hold.epoch:
+        return state, []
     if state.hold.right is SourceRight.HOLDS:
         return undo(update(state, target_undone=True), fact.at_ms, Outcome.FAILED, message.error)
     return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=message.error), [NeedOperator(error=message.error)]
@@ -127,10 +177,12 @@ def qemu_gone(state: SourceState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.QemuGone)
     hold = SourceHold(epoch=state.hold.epoch, right=state.hold.right, copy_lost=True)
     state = update(state, hold=hold, guest_runs=False)
-    if state.step in (SourceStep.STOPPING, SourceStep.SWITCHING) and state.connected:
+    if state.step is SourceStep.SWITCHING:
         return source_switchover.grant_it(state)  # nothing is left to run here: the target may have it all
     if state.step in UNDOABLE:
         return undo(state, fact.at_ms, Outcome.FAILED, fact.error)
+    if state.step is SourceStep.UNDOING:
+        return _end_when_undone(state, fact.at_ms)
     return state, []
 
 

@@ -12,6 +12,7 @@ from kvmhv.core import facts, handover
 from kvmhv.core.effects import (
     Adopt,
     ClearTimer,
+    Cont,
     Effect,
     Finish,
     Journal,
@@ -52,11 +53,17 @@ from kvmhv.model import ErrorBody, Outcome
 
 __all__ = ["PEER_TIMER", "STEP_TIMER", "TargetState", "TargetStep", "adopt", "refuse", "report", "step"]
 
+UNDO_TRIES = 3
+UNKILLABLE = "qemu-unkillable"
+"""ports.Hypervisor.kill: the process is still there."""
+
 
 def step(state: TargetState, fact: facts.Fact) -> Result:
     """Return the next state and what is to be done. A fact that no longer matters changes nothing."""
     if isinstance(fact, facts.Received):
         handler = ON_MESSAGE.get((state.step, type(fact.message)))
+    elif isinstance(fact, facts.TimerFired) and state.step not in TIMERS[fact.name]:
+        handler = None
     else:
         handler = ON_FACT.get((state.step, type(fact))) or ON_FACT_ANYWHERE.get(type(fact))
     after, effects = handler(state, fact) if handler else (state, [])
@@ -94,14 +101,20 @@ def _files_sent(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _prepare(state: TargetState) -> Result:
-    after = update(state, step=TargetStep.PREPARING)
+    after = update(state, step=TargetStep.PREPARING, preparing=True)
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.prepare_s)
     return after, [Journal(), timer, Prepare(plan=state.plan)]
 
 
 def _incoming_ready(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.IncomingReady)
-    state = update(state, step=TargetStep.WAITING, address=fact.address, unexported=not state.plan.disk_copies)
+    state = update(
+        state,
+        step=TargetStep.WAITING,
+        preparing=False,
+        address=fact.address,
+        unexported=not state.plan.disk_copies,
+    )
     limit_s = state.plan.timeouts.storage_s + state.plan.timeouts.memory_s
     timer = SetTimer(name=STEP_TIMER, after_s=limit_s)
     return state, [Journal(), timer, Send(message=Ready(epoch=state.hold.epoch, address=fact.address))]
@@ -128,7 +141,13 @@ def _grant(state: TargetState, fact: facts.Fact) -> Result:
     message = facts.message_of(fact, Grant)
     if message.epoch != state.hold.epoch:
         return state, []
-    return _run_when_granted(update(state, granted_epoch=message.epoch))
+    effects: list[Effect] = []
+    if not (state.unexported or state.mirrors_ended):  # its MirrorsEnded was lost; who grants does not write any more
+        effects.append(Unexport())
+    if not state.transferred:  # it will be said at once, or never: the source's QEMU is gone
+        effects.append(SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s / 2))
+    after, more = _run_when_granted(update(state, granted_epoch=message.epoch, mirrors_ended=True))
+    return after, [*effects, *more]
 
 
 def _run_when_granted(state: TargetState) -> Result:
@@ -158,9 +177,17 @@ def adopt(state: TargetState) -> list[Effect]:
 def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
     """The Cont failed, or QEMU died under it: the VM is this host's all the same, and stopped here."""
     assert isinstance(fact, facts.Failed | facts.QemuGone | facts.TimerFired)
+    if isinstance(fact, facts.Failed) and fact.effect != Cont.__name__:
+        return state, []
     text = "QEMU did not say that the guest runs" if isinstance(fact, facts.TimerFired) else fact.error.message
     state = update(state, step=TargetStep.SETTLING, warnings=(*state.warnings, text))
     return state, adopt(state)
+
+
+def _runs_late(state: TargetState, fact: facts.Fact) -> Result:
+    assert isinstance(fact, facts.GuestRuns)
+    state = update(state, resumed_ms=fact.resumed_ms)
+    return state, _say_it_runs(state)
 
 
 def _adopted(state: TargetState, fact: facts.Fact) -> Result:
@@ -193,8 +220,16 @@ def _end_owning(state: TargetState) -> Result:
 def refuse(state: TargetState, error: ErrorBody) -> Result:
     """Refuse for good: what was made is taken back, then it is said."""
     state = update(state, hold=handover.refuse(state.hold), step=TargetStep.UNDOING, failure=error)
+    if state.preparing:
+        timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.prepare_s)
+        return state, [Journal(), timer, ClearTimer(name=PEER_TIMER)]
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)
-    return state, [Journal(), timer, UndoTarget(plan=state.plan)]
+    return state, [Journal(), timer, ClearTimer(name=PEER_TIMER), UndoTarget(plan=state.plan)]
+
+
+def _prepared_in_vain(state: TargetState, fact: facts.Fact) -> Result:
+    """Prepare answered after the refusal: now all that it made is known, and goes."""
+    return _undo_again(state, fact) if state.preparing else (state, [])
 
 
 def _undone(state: TargetState, fact: facts.Fact) -> Result:
@@ -203,12 +238,21 @@ def _undone(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _undo_failed(state: TargetState, fact: facts.Fact) -> Result:
+    """Tried again: the refusal is said when its QEMU is surely gone, the rest may be left with a warning."""
     assert isinstance(fact, facts.Failed)
+    if fact.effect == Prepare.__name__:
+        return _prepared_in_vain(state, fact)
+    if fact.effect != UndoTarget.__name__:
+        return state, []
+    state = update(state, undo_tries=state.undo_tries + 1)
+    if state.undo_tries < UNDO_TRIES or fact.error.code == UNKILLABLE:
+        return state, [SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s / 10)]
     return _end_refused(update(state, warnings=(*state.warnings, fact.error.message)))
 
 
 def _undo_again(state: TargetState, fact: facts.Fact) -> Result:
     """Until its QEMU is surely gone the refusal may not be said."""
+    state = update(state, preparing=False)
     return state, [UndoTarget(plan=state.plan), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
 
 
@@ -218,7 +262,7 @@ def _end_refused(state: TargetState) -> Result:
     outcome = Outcome.CANCELLED if error.code == "cancelled" else Outcome.FAILED
     state = update(state, step=TargetStep.ENDED, outcome=outcome)
     refused = Refused(epoch=state.hold.epoch, error=error)
-    return state, [Journal(), Send(message=refused), Finish(report=report(state))]
+    return state, [Send(message=refused), Finish(report=report(state))]
 
 
 def _aborted(state: TargetState, fact: facts.Fact) -> Result:
@@ -307,6 +351,9 @@ def _peer_lost(state: TargetState, fact: facts.Fact) -> Result:
 
 S = TargetStep
 
+TIMERS = {STEP_TIMER: tuple(S), PEER_TIMER: BEFORE_RUN}
+"""In which steps a timer means something."""
+
 ON_MESSAGE: dict[tuple[TargetStep, type], Handler] = {
     (S.RECEIVING, FilesSent): _files_sent,
     (S.WAITING, MirrorsEnded): _mirrors_ended,
@@ -329,8 +376,10 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.STARTING, facts.Failed): _cannot_run,
     (S.STARTING, facts.QemuGone): _cannot_run,
     (S.STARTING, facts.TimerFired): _cannot_run,
+    (S.SETTLING, facts.GuestRuns): _runs_late,
     (S.SETTLING, facts.Adopted): _adopted,
     (S.SETTLING, facts.TimerFired): _settled,
+    (S.UNDOING, facts.IncomingReady): _prepared_in_vain,
     (S.UNDOING, facts.Undone): _undone,
     (S.UNDOING, facts.Failed): _undo_failed,
     (S.UNDOING, facts.TimerFired): _undo_again,

@@ -41,6 +41,9 @@ class TargetState(Struct, frozen=True, kw_only=True):
     outcome: Outcome = Outcome.RUNNING
     failure: ErrorBody | None = None
     connected: bool = True
+    preparing: bool = False
+    """Prepare is under way: what it makes can only be taken back when it has answered."""
+    undo_tries: int = 0
     address: IncomingAddress | None = None
     mirrors_ended: bool = False
     unexported: bool = False
