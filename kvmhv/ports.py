@@ -132,8 +132,9 @@ class Hypervisor(Protocol):
     def on_event(self, sink: EventSink) -> None:
         """Every event of every VM's QEMU goes to `sink`, also the pseudo event GONE when a process ends.
 
-        GONE's data: `exit_status` (None when not known: the process was another agent's child), `shutdown` (the data
-        of QEMU's SHUTDOWN event, None if there was none: it crashed or was killed), `log` (QEMU's last words).
+        GONE's data: `reason` (a line for people), `exit_status` (None when not known: the process was another agent's
+        child), `shutdown` (the data of QEMU's SHUTDOWN event, None if there was none: it crashed or was killed), `log`
+        (QEMU's last words).
         """
         ...
 

@@ -6,7 +6,6 @@ netlink socket in a thread, so nothing of it lives in the event loop.
 
 import asyncio
 import errno
-import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,14 +23,6 @@ GLOBAL_SCOPE = 0
 """rtnetlink(7): addresses that are valid beyond their own link."""
 
 Result = TypeVar("Result")
-
-
-def tap_name(vm_id: str, nic_index: int) -> str:
-    """Return a VM's tap for its n-th network card: `kv` + 10 hex digits of the id's hash + `n` + index."""
-    name = f"{TAP_PREFIX}{hashlib.sha256(vm_id.encode()).hexdigest()[:10]}n{nic_index}"
-    if nic_index < 0 or len(name) > INTERFACE_NAME_MAX:
-        raise CallerError("nic-index", f"a VM has at most 100 network cards, not {nic_index}", "use fewer")
-    return name
 
 
 class LinuxNetwork:

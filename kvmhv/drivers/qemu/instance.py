@@ -182,11 +182,23 @@ class Instance:
         await self.mirrors.close()
         self.directory.remove_keys()
         data: dict[str, object] = {
+            "reason": _reason(self.process.exit_status, self._shutdown, self.directory.log_tail()),
             "exit_status": self.process.exit_status,
             "shutdown": self._shutdown,
             "log": self.directory.log_tail(),
         }
         self._emit(QemuEvent(vm_id=self.directory.vm_id, name="GONE", data=data, at_ms=at_ms))
+
+
+def _reason(exit_status: int | None, shutdown: dict[str, object] | None, tail: str) -> str:
+    """Say in one line why a process ended."""
+    if shutdown is not None:
+        return "the guest switched itself off" if shutdown.get("guest") else f"QEMU was told to end: {shutdown}"
+    if exit_status is None:
+        how = "QEMU ended"
+    else:
+        how = f"QEMU was ended by signal {-exit_status}" if exit_status < 0 else f"QEMU ended with status {exit_status}"
+    return f"{how}: {tail.splitlines()[-1]}" if tail else how
 
 
 def _argument(argv: list[str], option: str) -> str:
