@@ -70,6 +70,10 @@ class Running(Message, frozen=True, kw_only=True):
     """Filled in by the receiver, which turns `resumed_ms` into its own clock."""
 
 
+    loaded_before_ms: float | None = None
+    """How long before RESUME the target had loaded everything."""
+    granted_before_ms: float | None = None
+    """How long before RESUME the grant had arrived."""
 class Owned(Message, frozen=True, kw_only=True):
     """The target has it on disk that the VM is its own: the source may delete what it has."""
 
@@ -79,6 +83,8 @@ class Owned(Message, frozen=True, kw_only=True):
 class Refused(Message, frozen=True, kw_only=True):
     """The target will never run this epoch: journalled, its incoming QEMU ended, before this was said."""
 
+    first_frame_after_ms: float | None = None
+    """From RESUME to the guest's first frame on the target's switch; None: not seen yet, or nobody looks."""
     epoch: int
     error: ErrorBody
 

@@ -386,6 +386,56 @@ class Switchover(Struct, frozen=True, kw_only=True):
     remaining_bytes: int = 0
 
 
+class Asked(Struct, frozen=True, kw_only=True):
+    """Who asked for something: kept in a move's record and in the events."""
+
+    who: str
+    """The user, token or host."""
+    authentication: str
+    """How that is known: `local` (the kernel says it), `token`, `host` (its certificate)."""
+    address: str = ""
+    """Where the request came from; empty: this host's own socket."""
+    via: str = ""
+    """The host that forwarded the request and names who asked it."""
+
+    def __str__(self) -> str:
+        """For logs."""
+        text = f"{self.authentication} {self.who}" + (f" at {self.address}" if self.address else "")
+        return f"{text} via {self.via}" if self.via else text
+
+
+class HostVersions(Struct, frozen=True, kw_only=True):
+    """What ran on one of the two hosts when the move was checked."""
+
+    host: str
+    kvmhv: str
+    qemu: str
+    accel: Accel
+
+
+class Estimate(Struct, frozen=True, kw_only=True):
+    """How long a running move will still take, and how it will end if the guest goes on like this."""
+
+    seconds_low: float
+    seconds_likely: float
+    seconds_high: float
+    passes: int
+    """Complete passes after which the guest will probably be stopped."""
+    switchover: str
+    """What will probably end the passes: `threshold` or `pass-limit`."""
+    blackout_ms: float
+    """What the blackout will probably cost."""
+
+
+class BlackoutStep(Struct, frozen=True, kw_only=True):
+    """One moment of the blackout, counted from when the guest was told to stop."""
+
+    name: str
+    """`stopped`, `memory-sent`, `mirrors-ended`, `state-sent`, `loaded`, `granted`, `running`, `first-frame`."""
+    host: str
+    at_ms: float
+
+
 class MoveReport(Struct, frozen=True, kw_only=True):
     """A move as the API and `vm move --json` show it: while it runs and when it has ended."""
 
@@ -420,6 +470,24 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     started_at: float
     """UNIX time, for people; nothing is decided by it."""
     ended_at: float | None
+    estimate: Estimate | None = None
+    """While it runs, as soon as there is something to judge by."""
+    throughput_bytes_per_s: float = 0.0
+    """What travels now, disks or memory."""
+    dirty_bytes: int = 0
+    """Dirty when the running pass began: what it has to send."""
+    dirty_bytes_per_s: float = 0.0
+    """How fast the guest dirties memory, by the last complete pass."""
+    blackout_steps: tuple[BlackoutStep, ...] = ()
+    """The blackout in detail, in the order in which it happened."""
+    network_gap_ms: float | None = None
+    """From the moment the source is told to stop to the first frame of the guest that the target's switch sees."""
+    asked: Asked | None = None
+    request: MoveRequest | None = None
+    versions: tuple[HostVersions, ...] = ()
+    """Source, then target."""
+    plan: Plan | None = None
+    """What was decided; in the report of the end only."""
 
 
 class ErrorBody(Struct, frozen=True, kw_only=True):

@@ -182,6 +182,12 @@ class Adopted(Fact, frozen=True, kw_only=True):
     """The VM is defined here, on disk."""
 
 
+class FirstFrame(Fact, frozen=True, kw_only=True):
+    """The switch saw the guest's first frame, so long after RESUME."""
+
+    after_resume_ms: float
+
+
 # --- after a restart of the agent
 
 

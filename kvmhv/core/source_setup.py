@@ -12,9 +12,18 @@ from kvmhv.core.effects import (
     SetTimer,
     StopGuest,
 )
-from kvmhv.core.source_state import IDLE_TIMER, STEP_TIMER, Result, SourceState, SourceStep, enter, update
+from kvmhv.core.source_state import (
+    IDLE_TIMER,
+    STEP_TIMER,
+    Result,
+    SourceState,
+    SourceStep,
+    enter,
+    update,
+    with_progress,
+)
 from kvmhv.messages import Answer, FilesSent, Ready
-from kvmhv.model import ErrorBody, Outcome, Phase, Severity
+from kvmhv.model import ErrorBody, HostVersions, Inventory, Outcome, Phase, Severity
 
 
 def started(state: SourceState, fact: facts.Fact) -> Result:
@@ -58,9 +67,14 @@ def answered(state: SourceState, fact: facts.Fact) -> Result:
         message.inventory,
         state.throughput_bytes_per_s,
     )
-    state = update(state, plan=made)
+    state = update(state, plan=made, versions=(_versions(state.inventory), _versions(message.inventory)))
     after, effects = enter(state, SourceStep.OFFERING, state.timeouts.prepare_s)
     return after, [Journal(), *effects, Send(message=after.offer())]
+
+
+def _versions(inventory: Inventory) -> HostVersions:
+    qemu = inventory.qemu
+    return HostVersions(host=inventory.host, kvmhv=inventory.kvmhv_version, qemu=qemu.version_text, accel=qemu.accel)
 
 
 def files_wanted(state: SourceState, fact: facts.Fact) -> Result:
@@ -102,6 +116,7 @@ def mirror_progress(state: SourceState, fact: facts.Fact) -> Result:
     if fact.copied_bytes <= state.copied_bytes:
         return state, []
     after = update(state, copied_bytes=fact.copied_bytes, disk_total_bytes=fact.total_bytes)
+    after = with_progress(after, fact.at_ms)
     return after, [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.storage_idle_s)]
 
 
@@ -135,6 +150,8 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
         memory_remaining_bytes=fact.remaining_bytes,
         memory_total_bytes=fact.total_bytes,
     )
+    if state.step is SourceStep.MEMORY:
+        after = with_progress(after, fact.at_ms)
     idle: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
     return after, idle if moved and state.step is SourceStep.MEMORY else []
 
@@ -156,6 +173,6 @@ def pass_started(state: SourceState, fact: facts.Fact) -> Result:
     effects: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
     switchover = precopy.decide(state.rule, fact)
     if switchover is None:
-        return state, effects
+        return with_progress(state, fact.at_ms), effects
     state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False)
     return state, [StopGuest(), ClearTimer(name=IDLE_TIMER), *source_switchover.blackout_timer(state)]

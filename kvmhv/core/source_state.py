@@ -5,13 +5,17 @@ from collections.abc import Callable
 
 import msgspec
 
+from kvmhv.core import progress
 from kvmhv.core.effects import Effect, SetTimer
 from kvmhv.core.facts import Fact, PassStarted
 from kvmhv.core.handover import SourceHold
 from kvmhv.messages import Offer
 from kvmhv.model import (
+    Asked,
+    BlackoutStep,
     ErrorBody,
     Finding,
+    HostVersions,
     IncomingAddress,
     Inventory,
     MoveReport,
@@ -69,6 +73,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     """Names the volatile journal in which this move began; another one after a reboot."""
     throughput_bytes_per_s: float | None = None
     """What earlier moves to this target reached, for the estimate."""
+    asked: Asked | None = None
+    versions: tuple[HostVersions, ...] = ()
 
     step: SourceStep = SourceStep.ENQUIRING
     outcome: Outcome = Outcome.RUNNING
@@ -89,6 +95,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     memory_total_bytes: int = 0
     passes: tuple[Pass, ...] = ()
     pass_begun: PassStarted | None = None
+    progress: float = 0.0
+    """Kept, so that it never goes backward."""
 
     switchover: Switchover | None = None
     guest_runs: bool = True
@@ -97,6 +105,10 @@ class SourceState(Struct, frozen=True, kw_only=True):
     resumed_ms: float | None = None
     """The target's RESUME in the source's clock."""
     clock_uncertainty_ms: float | None = None
+    blackout_marks: tuple[BlackoutStep, ...] = ()
+    """Moments of the blackout in this host's clock."""
+    first_frame_after_ms: float | None = None
+    """From the target's RESUME to the guest's first frame there."""
     pre_switchover: bool = False
     mirrors_finished: bool = False
     memory_sent: bool = False
@@ -158,6 +170,14 @@ def enter(state: SourceState, to: SourceStep, timeout_s: float, **changes: objec
     return update(state, step=to, **changes), [SetTimer(name=STEP_TIMER, after_s=timeout_s)]
 
 
+def mark(state: SourceState, name: str, at_ms: float, host: str | None = None) -> SourceState:
+    """Note a moment of the blackout; one that is noted already stays as it is."""
+    if any(one.name == name for one in state.blackout_marks):
+        return state
+    step = BlackoutStep(name=name, host=host or state.source, at_ms=at_ms)
+    return update(state, blackout_marks=(*state.blackout_marks, step))
+
+
 def failed_body(state: SourceState, code: str, text: str, todo: str, host: str) -> ErrorBody:
     """Return an error that says which side failed, and that the VM goes on at the source."""
     return ErrorBody(code=code, message=f"{text}; the VM runs on {state.source}", todo=todo, host=host, exit_status=1)
@@ -168,6 +188,8 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
     blackout_ms = None
     if state.stopped_ms is not None and state.resumed_ms is not None:
         blackout_ms = max(0.0, state.resumed_ms - state.stopped_ms)
+    standing = standing_of(state, now_ms)
+    runs = state.outcome is Outcome.RUNNING and state.step is not SourceStep.UNDOING
     return MoveReport(
         id=state.move_id,
         vm=state.vm.name,
@@ -188,14 +210,81 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         memory_bytes=state.memory_sent_bytes,
         disk_bytes=state.copied_bytes,
         findings=state.findings,
-        progress=progress(state),
+        progress=_shown_progress(state, standing),
         remaining_bytes=state.memory_remaining_bytes,
         storage_total_bytes=state.disk_total_bytes,
         storage_copied_bytes=state.copied_bytes,
         warnings=state.warnings,
         started_at=state.started_wall_s,
         ended_at=None,
+        estimate=progress.estimate(standing) if runs else None,
+        throughput_bytes_per_s=(progress.throughput_bytes_per_s(standing) or 0.0) if runs else 0.0,
+        dirty_bytes=state.pass_begun.remaining_bytes if state.pass_begun and state.passes else 0,
+        dirty_bytes_per_s=progress.dirty_bytes_per_s(standing),
+        blackout_steps=blackout_steps(state),
+        network_gap_ms=network_gap_ms(blackout_ms, state.first_frame_after_ms),
+        asked=state.asked,
+        request=state.request,
+        versions=state.versions,
+        plan=state.plan if state.step is SourceStep.ENDED else None,
     )
+
+
+def _shown_progress(state: SourceState, standing: progress.Standing) -> float:
+    """Between two facts it stands: what is shown must not depend on when somebody looks."""
+    if state.step is SourceStep.ENDED and state.outcome is Outcome.DONE:
+        return 1.0
+    in_blackout = state.phase in (Phase.STATE, Phase.CLEANUP)
+    return progress.progress(standing, state.progress) if in_blackout else state.progress
+
+
+def network_gap_ms(blackout_ms: float | None, first_frame_after_ms: float | None) -> float | None:
+    """Return the gap from the guest's stop to its first frame at the target; None while one end is not known."""
+    if blackout_ms is None or first_frame_after_ms is None:
+        return None
+    return blackout_ms + first_frame_after_ms
+
+
+def blackout_steps(state: SourceState) -> tuple[BlackoutStep, ...]:
+    """Return the blackout's moments, counted from its beginning, in their order."""
+    stopped_ms = state.stopped_ms
+    if stopped_ms is None:
+        return ()
+    marks = list(state.blackout_marks)
+    if state.resumed_ms is not None and state.first_frame_after_ms is not None:
+        at_ms = state.resumed_ms + state.first_frame_after_ms
+        marks.append(BlackoutStep(name="first-frame", host=state.target, at_ms=at_ms))
+    steps = (msgspec.structs.replace(one, at_ms=max(0.0, one.at_ms - stopped_ms)) for one in marks)
+    return tuple(sorted(steps, key=lambda one: one.at_ms))
+
+
+def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
+    """Return what the estimate is made from."""
+    facts_of_vm, begun = state.inventory.facts_of_vm, state.pass_begun
+    planned_bytes = sum(copy.used_bytes for copy in state.plan.disk_copies) if state.plan else 0
+    limits = [rate for rate in (state.rule.bandwidth_bytes_per_s, state.throughput_bytes_per_s) if rate]
+    first_ms, phase_ms = (state.marks[0].at_ms, state.marks[-1].at_ms) if state.marks else (now_ms, now_ms)
+    return progress.Standing(
+        phase=state.phase,
+        rule=state.rule,
+        elapsed_s=max(0.0, now_ms - first_ms) / 1000,
+        phase_s=max(0.0, now_ms - phase_ms) / 1000,
+        disk_total_bytes=max(state.disk_total_bytes, planned_bytes),
+        disk_copied_bytes=state.copied_bytes,
+        used_bytes=facts_of_vm.memory_used_bytes if facts_of_vm else state.vm.memory_bytes,
+        remaining_bytes=state.memory_remaining_bytes,
+        passes=state.passes,
+        pass_s=max(0.0, now_ms - begun.at_ms) / 1000 if begun else 0.0,
+        pass_bytes=begun.remaining_bytes if begun else 0,
+        pass_sent_bytes=max(0, state.memory_sent_bytes - begun.sent_bytes) if begun else 0,
+        expected_dirty_bytes_per_s=(facts_of_vm.dirty_bytes_per_s or 0.0) if facts_of_vm else 0.0,
+        expected_bytes_per_s=float(min(limits, default=0.0)),
+    )
+
+
+def with_progress(state: SourceState, now_ms: float) -> SourceState:
+    """Note how far the move is now."""
+    return update(state, progress=progress.progress(standing_of(state, now_ms), state.progress))
 
 
 def phase_times(state: SourceState, now_ms: float) -> tuple[PhaseTime, ...]:
@@ -207,24 +296,3 @@ def phase_times(state: SourceState, now_ms: float) -> tuple[PhaseTime, ...]:
         PhaseTime(phase=mark.phase, seconds=max(0.0, end - mark.at_ms) / 1000)
         for mark, end in zip(state.marks, ends, strict=True)
     )
-
-
-def progress(state: SourceState) -> float:
-    """Return 0..1: bytes of disks and of the first pass, then passes against their limit; never goes backward."""
-    if state.step is SourceStep.ENDED and state.outcome is Outcome.DONE:
-        return 1.0
-    if state.plan is None or not state.marks:
-        return 0.0
-    memory_weight = max(1, state.memory_total_bytes or state.vm.memory_bytes)
-    disk_weight = max(state.disk_total_bytes, sum(copy.used_bytes for copy in state.plan.disk_copies))
-    disk_share = min(1.0, state.copied_bytes / disk_weight) if disk_weight else 1.0
-    memory_share = 0.0
-    if state.switchover is not None:
-        memory_share = 0.95
-    elif state.passes:
-        memory_share = 0.8 + 0.15 * len(state.passes) / (state.rule.max_passes + 1)
-    elif state.phase is Phase.MEMORY and state.memory_total_bytes:
-        memory_share = 0.8 * max(0.0, 1 - state.memory_remaining_bytes / state.memory_total_bytes)
-    if state.phase in (Phase.MEMORY, Phase.STATE, Phase.CLEANUP):
-        disk_share = 1.0
-    return (disk_share * disk_weight + memory_share * memory_weight) / (disk_weight + memory_weight)

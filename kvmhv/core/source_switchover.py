@@ -18,8 +18,8 @@ from kvmhv.core.effects import (
     SetTimer,
 )
 from kvmhv.core.handover import SourceRight
-from kvmhv.core.source_state import IDLE_TIMER, STEP_TIMER, Result, SourceState, SourceStep, enter, report, update
-from kvmhv.messages import Finished, MirrorsEnded, Owned, Running
+from kvmhv.core.source_state import IDLE_TIMER, STEP_TIMER, Result, SourceState, SourceStep, enter, mark, report, update
+from kvmhv.messages import Finished, Grant, MirrorsEnded, Owned, Running, Unknown
 from kvmhv.model import ErrorBody, Outcome, Phase
 
 
@@ -32,6 +32,7 @@ def guest_stopped(state: SourceState, fact: facts.Fact) -> Result:
     """The blackout has begun: end the mirrors, or go on if no disk travels."""
     assert isinstance(fact, facts.GuestStopped)
     state = update(state, stopped_ms=fact.told_ms).begin_phase(Phase.STATE, fact.told_ms)
+    state = mark(state, "stopped", fact.at_ms)
     if state.planned().disk_copies:
         return state, [FinishMirrors()]
     return _continue_when_ready(update(state, mirrors_finished=True))
@@ -48,11 +49,12 @@ def converged(state: SourceState, fact: facts.Fact) -> Result:
 
 def pre_switchover(state: SourceState, fact: facts.Fact) -> Result:
     """QEMU waits with the device state."""
-    return _continue_when_ready(update(state, pre_switchover=True))
+    return _continue_when_ready(update(mark(state, "memory-sent", fact.at_ms), pre_switchover=True))
 
 
 def mirrors_finished(state: SourceState, fact: facts.Fact) -> Result:
     """Nobody writes to the exports any more: the target may close them meanwhile."""
+    state = mark(state, "mirrors-ended", fact.at_ms)
     after, effects = _continue_when_ready(update(state, mirrors_finished=True))
     return after, [*effects, Send(message=MirrorsEnded(epoch=state.hold.epoch))]
 
@@ -65,7 +67,7 @@ def _continue_when_ready(state: SourceState) -> Result:
 
 def memory_sent(state: SourceState, fact: facts.Fact) -> Result:
     """Everything is sent and acknowledged: the VM can be given away."""
-    state = update(state, memory_sent=True)
+    state = update(mark(state, "state-sent", fact.at_ms), memory_sent=True)
     if not state.connected:
         return state, []  # nobody to grant it to: the step's timer decides
     return grant_it(state)
@@ -98,6 +100,10 @@ def running(state: SourceState, fact: facts.Fact) -> Result:
     if not _is_proof(state, message.epoch):
         return state, []
     state = update(state, resumed_ms=message.resumed_ms, clock_uncertainty_ms=message.uncertainty_ms)
+    for name, before_ms in (("loaded", message.loaded_before_ms), ("granted", message.granted_before_ms)):
+        if before_ms is not None:
+            state = mark(state, name, message.resumed_ms - before_ms, state.target)
+    state = mark(state, "running", message.resumed_ms, state.target)
     return _yield(state, fact.at_ms)
 
 
@@ -119,7 +125,8 @@ def _yield(state: SourceState, at_ms: float) -> Result:
 
 def owned(state: SourceState, fact: facts.Fact) -> Result:
     """Proof, and more: the VM is on the target's disk, so this side may delete its own."""
-    if not _is_proof(state, facts.message_of(fact, Owned).epoch):
+    message = facts.message_of(fact, Owned)
+    if not _is_proof(state, message.epoch):
         return state, []
     effects: list[Effect] = []
     if state.step is SourceStep.GRANTED:  # its Running was lost with a connection
@@ -133,6 +140,8 @@ def copy_ended(state: SourceState, fact: facts.Fact) -> Result:
     return _remove_when_owned(update(state, copy_ended=True))
 
 
+    if message.first_frame_after_ms is not None:
+        state = update(state, first_frame_after_ms=message.first_frame_after_ms)
 def _remove_when_owned(state: SourceState) -> Result:
     if not (state.target_owns and state.copy_ended) or state.removing:
         return state, []

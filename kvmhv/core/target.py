@@ -134,7 +134,7 @@ def _unexported(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _loaded(state: TargetState, fact: facts.Fact) -> Result:
-    return _run_when_granted(update(state, transferred=True))
+    return _run_when_granted(update(state, transferred=True, loaded_ms=fact.at_ms))
 
 
 def _grant(state: TargetState, fact: facts.Fact) -> Result:
@@ -146,7 +146,9 @@ def _grant(state: TargetState, fact: facts.Fact) -> Result:
         effects.append(Unexport())
     if not state.transferred:  # it will be said at once, or never: the source's QEMU is gone
         effects.append(SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s / 2))
-    after, more = _run_when_granted(update(state, granted_epoch=message.epoch, mirrors_ended=True))
+    after, more = _run_when_granted(
+        update(state, granted_epoch=message.epoch, granted_ms=fact.at_ms, mirrors_ended=True)
+    )
     return after, [*effects, *more]
 
 
@@ -164,9 +166,29 @@ def _runs(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.GuestRuns)
     after = update(state, step=TargetStep.SETTLING, resumed_ms=fact.resumed_ms)
     return after, [
-        Send(message=Running(epoch=state.hold.epoch, resumed_ms=fact.resumed_ms)),
+        Send(message=_running(after, fact.resumed_ms)),
         *adopt(after),
     ]
+
+
+def _running(state: TargetState, resumed_ms: float) -> Running:
+    return Running(
+        epoch=state.hold.epoch,
+        resumed_ms=resumed_ms,
+        loaded_before_ms=None if state.loaded_ms is None else resumed_ms - state.loaded_ms,
+        granted_before_ms=None if state.granted_ms is None else resumed_ms - state.granted_ms,
+    )
+
+
+def _owned(state: TargetState) -> Owned:
+    return Owned(epoch=state.hold.epoch, first_frame_after_ms=state.first_frame_after_ms)
+
+
+def _first_frame(state: TargetState, fact: facts.Fact) -> Result:
+    """The network knows where the guest is: a figure for the records, said with or after Owned."""
+    assert isinstance(fact, facts.FirstFrame)
+    state = update(state, first_frame_after_ms=fact.after_resume_ms)
+    return state, [Send(message=_owned(state))] if state.adopted else []
 
 
 def adopt(state: TargetState) -> list[Effect]:
@@ -193,7 +215,7 @@ def _runs_late(state: TargetState, fact: facts.Fact) -> Result:
 def _adopted(state: TargetState, fact: facts.Fact) -> Result:
     state = update(state, adopted=True)
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s + state.plan.timeouts.reconnect_s)
-    return state, [Journal(), timer, Send(message=Owned(epoch=state.hold.epoch))]
+    return state, [Journal(), timer, Send(message=_owned(state))]
 
 
 def _finished(state: TargetState, fact: facts.Fact) -> Result:
@@ -279,13 +301,27 @@ def _abort_too_late(state: TargetState, fact: facts.Fact) -> Result:
 def _say_it_runs(state: TargetState) -> list[Effect]:
     effects: list[Effect] = []
     if state.resumed_ms is not None:
-        effects.append(Send(message=Running(epoch=state.hold.epoch, resumed_ms=state.resumed_ms)))
+        effects.append(Send(message=_running(state, state.resumed_ms)))
     if state.adopted:
-        effects.append(Send(message=Owned(epoch=state.hold.epoch)))
+        effects.append(Send(message=_owned(state)))
     return effects
 
 
-def _cannot_tell(state: TargetState, fact: facts.Fact) -> Result:
+def _standing_granted(state: TargetState, fact: facts.Fact) -> Result:
+    """A grant does not say whether it was run before the reboot; the source's proof does."""
+    message = facts.message_of(fact, Grant)
+    if message.ran and message.epoch == state.hold.epoch:
+        hold = handover.own_by_proof(state.hold, granted_epoch=message.epoch)
+        warning = f"{state.target} rebooted after it had taken {state.vm.name} over: the VM is stopped"
+        after = update(
+            state,
+            hold=hold,
+            step=TargetStep.SETTLING,
+            outcome=Outcome.RUNNING,
+            failure=None,
+            warnings=(*state.warnings, warning),
+        )
+        return after, [Journal(), *adopt(after)]
     assert state.failure is not None
     return state, [Send(message=Unknown(epoch=state.hold.epoch, error=state.failure))]
 
@@ -359,7 +395,7 @@ ON_MESSAGE: dict[tuple[TargetStep, type], Handler] = {
     (S.WAITING, MirrorsEnded): _mirrors_ended,
     (S.WAITING, Grant): _grant,
     (S.SETTLING, Finished): _finished,
-    (S.STANDING, Grant): _cannot_tell,
+    (S.STANDING, Grant): _standing_granted,
     **{(at, Abort): _aborted for at in (*BEFORE_RUN, S.STANDING)},
     **{(at, Abort): _abort_too_late for at in (S.STARTING, S.SETTLING)},
     **{(at, Grant): _abort_too_late for at in (S.STARTING, S.SETTLING)},
@@ -392,3 +428,4 @@ ON_FACT_ANYWHERE: dict[type, Handler] = {
     facts.PeerConnected: _connected,
     facts.PeerLost: _peer_lost,
 }
+    (S.SETTLING, facts.FirstFrame): _first_frame,

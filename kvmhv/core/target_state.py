@@ -49,7 +49,10 @@ class TargetState(Struct, frozen=True, kw_only=True):
     unexported: bool = False
     transferred: bool = False
     granted_epoch: int | None = None
+    loaded_ms: float | None = None
+    granted_ms: float | None = None
     resumed_ms: float | None = None
+    first_frame_after_ms: float | None = None
     adopted: bool = False
     warnings: tuple[str, ...] = ()
     source_report: MoveReport | None = None
