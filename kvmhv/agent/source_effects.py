@@ -171,8 +171,8 @@ class SourceMachine:
 
     async def hear(self, event: QemuEvent) -> facts.Fact | None:
         """Turn what QEMU said into a fact."""
-        if event.name == "MIGRATION_PASS":
-            return await self._pass_started(event)
+        if event.name == "MIGRATION_PASS":  # those after the guest's stop decide nothing, and QEMU is busy
+            return await self._pass_started(event) if self._polling else None
         if event.name == "MIGRATION":
             return await self._migration_status(event)
         if event.name == "GONE":
