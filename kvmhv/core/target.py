@@ -414,6 +414,7 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.STARTING, facts.TimerFired): _cannot_run,
     (S.SETTLING, facts.GuestRuns): _runs_late,
     (S.SETTLING, facts.Adopted): _adopted,
+    (S.SETTLING, facts.FirstFrame): _first_frame,
     (S.SETTLING, facts.TimerFired): _settled,
     (S.UNDOING, facts.IncomingReady): _prepared_in_vain,
     (S.UNDOING, facts.Undone): _undone,
@@ -428,4 +429,3 @@ ON_FACT_ANYWHERE: dict[type, Handler] = {
     facts.PeerConnected: _connected,
     facts.PeerLost: _peer_lost,
 }
-    (S.SETTLING, facts.FirstFrame): _first_frame,
