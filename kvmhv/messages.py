@@ -59,6 +59,8 @@ class Grant(Message, frozen=True, kw_only=True):
     """The target may run the VM. Irrevocable: the source runs it again only on proof that the target refused."""
 
     epoch: int
+    ran: bool = False
+    """The target has said before that it runs it: proof for a target whose host rebooted and which cannot tell."""
 
 
 class Running(Message, frozen=True, kw_only=True):
@@ -68,23 +70,26 @@ class Running(Message, frozen=True, kw_only=True):
     resumed_ms: float
     uncertainty_ms: float = 0.0
     """Filled in by the receiver, which turns `resumed_ms` into its own clock."""
-
-
     loaded_before_ms: float | None = None
     """How long before RESUME the target had loaded everything."""
     granted_before_ms: float | None = None
     """How long before RESUME the grant had arrived."""
+
+
 class Owned(Message, frozen=True, kw_only=True):
-    """The target has it on disk that the VM is its own: the source may delete what it has."""
+    """The target has it on disk that the VM is its own: the source may delete what it has.
+
+    Said again when the guest's first frame has been seen.
+    """
 
     epoch: int
+    first_frame_after_ms: float | None = None
+    """From RESUME to the guest's first frame on the target's switch; None: not seen yet, or nobody looks."""
 
 
 class Refused(Message, frozen=True, kw_only=True):
     """The target will never run this epoch: journalled, its incoming QEMU ended, before this was said."""
 
-    first_frame_after_ms: float | None = None
-    """From RESUME to the guest's first frame on the target's switch; None: not seen yet, or nobody looks."""
     epoch: int
     error: ErrorBody
 

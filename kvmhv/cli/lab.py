@@ -54,14 +54,15 @@ def _suites(_context: click.Context, _parameter: click.Parameter, values: tuple[
     help="Debian of one host: trixie (default) or bookworm.",
 )
 @click.option("--agents/--no-agents", default=True, show_default=True, help="Run an agent on host1 and host2.")
+@click.option("--storage", is_flag=True, help="With a file server: SMB, NFS and iSCSI (host `storage`).")
 @lab_option
 @json_option
 @click.pass_obj
-def up(session: Session, rate: str | None, suites: dict[str, str], agents: bool, lab_name: str) -> None:
+def up(session: Session, rate: str | None, suites: dict[str, str], agents: bool, storage: bool, lab_name: str) -> None:
     """Bring a lab up. The first time builds its Debian tree, which takes a minute or two."""
     from kvmhv.lab.lab import Lab  # noqa: PLC0415
 
-    made = Lab.up(lab_name, rate=rate, suites=suites, agents=agents, progress=output.note)
+    made = Lab.up(lab_name, rate=rate, suites=suites, agents=agents, storage=storage, progress=output.note)
     session.answer(made.status(), lambda: None)
 
 

@@ -130,6 +130,13 @@ def run_at_target(hold: TargetHold, vm_id: str, *, granted_epoch: int, loaded: b
     return owned, [Journal(durable=False), Cont(vm_id=vm_id, epoch=hold.epoch)]
 
 
+def own_by_proof(hold: TargetHold, *, granted_epoch: int) -> TargetHold:
+    """Own what the source knows to have run here: the host has rebooted since, so there is nothing left to run."""
+    _require(granted_epoch == hold.epoch, f"proof for epoch {granted_epoch} in epoch {hold.epoch}")
+    _require(hold.right is not TargetRight.REFUSED, "proof of a run after a refusal")
+    return TargetHold(epoch=hold.epoch, right=TargetRight.OWNS)
+
+
 def refuse(hold: TargetHold) -> TargetHold:
     """Refuse this epoch for good. The caller ends the incoming QEMU, journals durably, and only then says Refused."""
     _require(hold.right is not TargetRight.OWNS, "a refusal by a target that owns the VM")

@@ -85,7 +85,9 @@ def _connected(state: SourceState, fact: facts.Fact) -> Result:
         effects += more
     elif state.step is SourceStep.UNDOING and state.failure is not None:
         effects.append(Send(message=Abort(epoch=epoch, error=state.failure)))
-    if state.mirrors_finished and state.planned().disk_copies and state.step is not SourceStep.UNDOING:
+    elif state.step is SourceStep.CLEANUP and not state.target_owns:
+        effects.append(Send(message=source_switchover.proof(state)))
+    if state.mirrors_finished and state.planned().disk_copies and state.step in BEFORE_PROOF:
         effects.append(Send(message=MirrorsEnded(epoch=epoch)))
     return state, effects
 
@@ -104,6 +106,9 @@ def _peer_lost(state: SourceState, fact: facts.Fact) -> Result:
 
 S = SourceStep
 
+BEFORE_PROOF = (S.STOPPING, S.SWITCHING, S.GRANTED)
+"""Where the target may wait to hear that the mirrors have ended."""
+
 TIMERS = {STEP_TIMER: tuple(S), IDLE_TIMER: (S.STORAGE, S.MEMORY), PEER_TIMER: UNDOABLE}
 """In which steps a timer means something."""
 
@@ -114,6 +119,7 @@ ON_MESSAGE: dict[tuple[SourceStep, type], Handler] = {
     (S.GRANTED, Running): source_switchover.running,
     (S.GRANTED, Owned): source_switchover.owned,
     (S.CLEANUP, Owned): source_switchover.owned,
+    (S.CLEANUP, Unknown): source_switchover.forgotten,
     (S.UNDOING, Refused): source_undo.target_undone,
     (S.UNDOING, Unknown): source_undo.target_undone_unknown,
     **{(at, Refused): source_undo.refused for at in (*UNDOABLE, S.GRANTED)},

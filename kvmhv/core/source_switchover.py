@@ -123,11 +123,25 @@ def _yield(state: SourceState, at_ms: float) -> Result:
 # --- clean-up
 
 
+def proof(state: SourceState) -> Grant:
+    """Tell a target that may have forgotten it that it runs (or ran) the VM."""
+    return Grant(epoch=state.hold.epoch, ran=True)
+
+
+def forgotten(state: SourceState, fact: facts.Fact) -> Result:
+    """The target's host rebooted and it cannot tell whether it ran: this side can."""
+    if facts.message_of(fact, Unknown).epoch != state.hold.epoch:
+        return state, []
+    return state, [Send(message=proof(state))]
+
+
 def owned(state: SourceState, fact: facts.Fact) -> Result:
     """Proof, and more: the VM is on the target's disk, so this side may delete its own."""
     message = facts.message_of(fact, Owned)
     if not _is_proof(state, message.epoch):
         return state, []
+    if message.first_frame_after_ms is not None:
+        state = update(state, first_frame_after_ms=message.first_frame_after_ms)
     effects: list[Effect] = []
     if state.step is SourceStep.GRANTED:  # its Running was lost with a connection
         state, effects = _yield(state, fact.at_ms)
@@ -140,8 +154,6 @@ def copy_ended(state: SourceState, fact: facts.Fact) -> Result:
     return _remove_when_owned(update(state, copy_ended=True))
 
 
-    if message.first_frame_after_ms is not None:
-        state = update(state, first_frame_after_ms=message.first_frame_after_ms)
 def _remove_when_owned(state: SourceState) -> Result:
     if not (state.target_owns and state.copy_ended) or state.removing:
         return state, []
@@ -155,22 +167,39 @@ def copy_removed(state: SourceState, fact: facts.Fact) -> Result:
 
 
 def cleanup_failed(state: SourceState, fact: facts.Fact) -> Result:
-    """The VM has moved all the same: what is left is told as a warning."""
+    """The VM has moved, but as long as a copy or a record of it is here it could be started twice: tried again."""
     assert isinstance(fact, facts.Failed)
-    return _finish_done(update(state, warnings=(*state.warnings, fact.error.message)), fact.at_ms)
+    if fact.effect not in (EndCopy.__name__, RemoveCopy.__name__):
+        return state, []
+    return _cleanup_stuck(state, fact.error.message)
 
 
 def cleanup_too_long(state: SourceState, fact: facts.Fact) -> Result:
-    """Without Owned the disks stay; with it only the clean-up hangs."""
+    """Without Owned the disks stay; with it the clean-up here hangs, and is tried again."""
     if state.target_owns:
-        warning = "the clean-up at the source did not end in time"
-        return _finish_done(update(state, warnings=(*state.warnings, warning)), fact.at_ms)
+        again: list[Effect] = [RemoveCopy(plan=state.planned())] if state.copy_ended else [EndCopy()]
+        timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
+        after, told = _cleanup_stuck(state, "it did not end in time")
+        return update(after, removing=state.copy_ended), [*again, timer, *told]
     error = ErrorBody(
         code="ownership-unconfirmed",
         message=f"the VM runs on {state.target}, which has not confirmed that it has recorded it; "
         f"its disks on {state.source} are kept until then",
         todo=f"bring the agent of {state.target} back: the move then ends by itself",
         host=state.target,
+        exit_status=5,
+    )
+    timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
+    again = [] if state.copy_ended else [EndCopy()]
+    return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [*again, timer, NeedOperator(error=error)]
+
+
+def _cleanup_stuck(state: SourceState, why: str) -> Result:
+    error = ErrorBody(
+        code="cleanup-failed",
+        message=f"the VM has moved to {state.target}; what was left of it on {state.source} cannot be removed: {why}",
+        todo="mend that; it is tried again by itself, and until then the VM cannot be started or moved here",
+        host=state.source,
         exit_status=5,
     )
     return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [NeedOperator(error=error)]

@@ -164,7 +164,7 @@ def _run_when_granted(state: TargetState) -> Result:
 
 def _runs(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.GuestRuns)
-    after = update(state, step=TargetStep.SETTLING, resumed_ms=fact.resumed_ms)
+    after = update(state, step=TargetStep.SETTLING, resumed_ms=fact.resumed_ms, outcome=Outcome.RUNNING, failure=None)
     return after, [
         Send(message=_running(after, fact.resumed_ms)),
         *adopt(after),
@@ -196,14 +196,31 @@ def adopt(state: TargetState) -> list[Effect]:
     return [Adopt(vm=state.vm), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
 
 
+def _died_starting(state: TargetState, fact: facts.Fact) -> Result:
+    """QEMU died under the Cont: the guest may have run, so the VM is this host's all the same, and stopped here."""
+    assert isinstance(fact, facts.QemuGone)
+    state = update(state, step=TargetStep.SETTLING, warnings=(*state.warnings, fact.error.message))
+    return state, adopt(state)
+
+
 def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
-    """The Cont failed, or QEMU died under it: the VM is this host's all the same, and stopped here."""
-    assert isinstance(fact, facts.Failed | facts.QemuGone | facts.TimerFired)
+    """The Cont failed or hangs: tried again. The source keeps its copy until the guest is seen to run here."""
     if isinstance(fact, facts.Failed) and fact.effect != Cont.__name__:
         return state, []
-    text = "QEMU did not say that the guest runs" if isinstance(fact, facts.TimerFired) else fact.error.message
-    state = update(state, step=TargetStep.SETTLING, warnings=(*state.warnings, text))
-    return state, adopt(state)
+    text = fact.error.message if isinstance(fact, facts.Failed) else "QEMU does not answer"
+    error = ErrorBody(
+        code="run-failed",
+        message=f"{state.vm.name} is complete on {state.target} and is its own, but stands still: {text}",
+        todo="it is tried again and again; if QEMU hangs for good, end its process: the VM can then be started again",
+        host=state.target,
+        exit_status=5,
+    )
+    state = update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error)
+    timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s)
+    if isinstance(fact, facts.Failed):
+        return state, [timer, NeedOperator(error=error)]
+    hold, again = handover.run_at_target(state.hold, state.vm.id, granted_epoch=state.hold.epoch, loaded=True)
+    return update(state, hold=hold), [*again, timer, NeedOperator(error=error)]
 
 
 def _runs_late(state: TargetState, fact: facts.Fact) -> Result:
@@ -410,7 +427,7 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.WAITING, facts.MemoryFailed): _failed,
     (S.STARTING, facts.GuestRuns): _runs,
     (S.STARTING, facts.Failed): _cannot_run,
-    (S.STARTING, facts.QemuGone): _cannot_run,
+    (S.STARTING, facts.QemuGone): _died_starting,
     (S.STARTING, facts.TimerFired): _cannot_run,
     (S.SETTLING, facts.GuestRuns): _runs_late,
     (S.SETTLING, facts.Adopted): _adopted,

@@ -17,9 +17,20 @@ import msgspec
 from kvmhv.errors import CallerError, HostError
 from kvmhv.lab import agents, control, network, processes, tree
 from kvmhv.lab import state as states
-from kvmhv.lab.plan import DEFAULT_HOSTS, SWITCH, LabPlan, check_lab_name, etc_hosts, make_plan, namespace
+from kvmhv.lab.plan import (
+    DEFAULT_HOSTS,
+    STORAGE_HOST,
+    STORAGE_TREE,
+    SWITCH,
+    LabPlan,
+    check_lab_name,
+    etc_hosts,
+    make_plan,
+    namespace,
+)
 from kvmhv.lab.state import LabState, data_dir, lab_lock, run_dir
 from kvmhv.lab.steps import Progress, silent
+from kvmhv.lab.storage_host import StorageHost
 
 EXEC_TIMEOUT_S = 60.0
 
@@ -41,12 +52,15 @@ class Lab:
         suites: Mapping[str, str] | None = None,
         hosts: Sequence[str] = DEFAULT_HOSTS,
         agents: bool = True,
+        storage: bool = False,
         progress: Progress = silent,
     ) -> Lab:
         """Build what is missing and bring up a lab; `rate` (`400mbit`) is the speed of its migration network.
 
-        CallerError `lab-up` when it is up already. After any other error nothing of the lab is left.
+        `storage`: with the file server (storage_host.py). CallerError `lab-up` when it is up already. After any other error nothing of the lab is left.
         """
+        if storage:
+            hosts, suites = (*hosts, STORAGE_HOST), {**(suites or {}), STORAGE_HOST: STORAGE_TREE}
         plan = make_plan(name, rate=rate, suites=suites, hosts=hosts, agents=agents)
         _need_root()
         with lab_lock(name):
@@ -109,6 +123,8 @@ class Lab:
             host._launch()
         for host in self.hosts:
             control.wait_ready(self.name, host.name)
+        if any(host.name == STORAGE_HOST for host in self.hosts):
+            StorageHost(self).start(progress)
         with_agents = [host.name for host in self.hosts if host.plan.agent]
         if with_agents:
             progress("waiting for the agents, and making them trust each other ...")

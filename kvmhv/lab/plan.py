@@ -17,6 +17,9 @@ DEFAULT_HOSTS = ("host1", "host2", "client")
 DEFAULT_SUITE = "trixie"
 SUITES = ("trixie", "bookworm")
 AGENT_HOSTS = ("host1", "host2")
+STORAGE_HOST = "storage"
+STORAGE_TREE = "storage"
+"""The file server's name, and the tree that only it stands on (tree.py): no other host needs its packages."""
 NETWORKS = ("management", "migration", "lan")
 SWITCH = "switch"
 UPLINK = "lan-uplink"
@@ -128,7 +131,7 @@ def _check_hosts(hosts: Sequence[str], suites: Mapping[str, str]) -> None:
     for host, suite in suites.items():
         if host not in hosts:
             raise CallerError("lab-host-unknown", f"a suite is given for {host!r}, which is not a host of the lab")
-        if suite not in SUITES:
+        if suite not in SUITES and (host, suite) != (STORAGE_HOST, STORAGE_TREE):
             raise CallerError("lab-suite", f"unknown suite {suite!r}", f"known suites: {', '.join(SUITES)}")
 
 

@@ -13,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import kvmhv
 from kvmhv.errors import HostError
 from kvmhv.lab import state as states
+from kvmhv.lab.plan import STORAGE_TREE
 from kvmhv.lab.state import CACHE_DIR
 from kvmhv.lab.steps import Progress, run_step
 
@@ -34,7 +35,18 @@ PACKAGES = (
     "python3",  # PID 1 and the agent
     "python3-venv",  # makes the agent's environment
 )
-RECIPE_VERSION = 2
+# What the file server stands on instead: Debian trixie with the real servers, and no agent.
+STORAGE_SUITE = "trixie"
+STORAGE_PACKAGES = (
+    "samba",  # smbd: SMB 3.1.1
+    "nfs-ganesha",  # NFS in user space: the machine's kernel need not serve it
+    "nfs-ganesha-vfs",  # exports of plain directories
+    "tgt",  # iSCSI targets in user space
+    "iproute2",  # addresses
+    "procps",  # ps, for whoever looks around
+    "python3",  # PID 1
+)
+RECIPE_VERSION = 3
 BUILD_TIMEOUT_S = 1800.0
 LOCK_TIMEOUT_S = 2400.0
 _UNUSED_FILES = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
@@ -53,17 +65,21 @@ def package_dir() -> Path:
 
 
 def pinned_requirements() -> list[str]:
-    """Return the pinned runtime dependencies of the checkout; HostError `lab-checkout` outside of one."""
+    """Return the pinned runtime dependencies of the checkout, the SMB client's too; HostError `lab-checkout`."""
     project = package_dir().parent / "pyproject.toml"
     try:
-        return sorted(tomllib.loads(project.read_text())["project"]["dependencies"])
+        found = tomllib.loads(project.read_text())["project"]
+        return sorted([*found["dependencies"], *found["optional-dependencies"]["smb"]])
     except FileNotFoundError:
         raise HostError("lab-checkout", f"{project} is missing", "the lab is run from a checkout") from None
 
 
 def tree_path(suite: str) -> Path:
     """Return where the tree of a suite is, or will be once it is built."""
-    made_of = [str(RECIPE_VERSION), suite, _LAUNCHER, *PACKAGES, *pinned_requirements()]
+    if suite == STORAGE_TREE:
+        made_of = [str(RECIPE_VERSION), STORAGE_SUITE, *STORAGE_PACKAGES]
+    else:
+        made_of = [str(RECIPE_VERSION), suite, _LAUNCHER, *PACKAGES, *pinned_requirements()]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
     return CACHE_DIR / "trees" / f"{suite}-{digest}"
 
@@ -94,8 +110,12 @@ def _build(suite: str, tree: Path, progress: Progress) -> None:
     log.unlink(missing_ok=True)
     progress(f"building the lab's Debian tree ({suite}); this is done once")
     try:
-        _install_packages(suite, part, log, progress)
-        _install_python(suite, part, log, progress)
+        if suite == STORAGE_TREE:
+            _install_packages(STORAGE_SUITE, STORAGE_PACKAGES, part, log, progress)
+        else:
+            _install_packages(suite, PACKAGES, part, log, progress)
+            _install_python(suite, part, log, progress)
+            _add_launcher(part)
         _finish(part)
         run_step(
             f"{suite}: writing to disk",
@@ -111,10 +131,10 @@ def _build(suite: str, tree: Path, progress: Progress) -> None:
     part.rename(tree)
 
 
-def _install_packages(suite: str, part: Path, log: Path, progress: Progress) -> None:
+def _install_packages(suite: str, packages: Sequence[str], part: Path, log: Path, progress: Progress) -> None:
     excluded = [f"--dpkgopt=path-exclude={pattern}" for pattern in _UNUSED_FILES]
     argv = ["mmdebstrap", "--mode=root", "--variant=apt", "--skip=check/empty", *excluded]
-    argv += ['--aptopt=APT::Install-Recommends "false"', f"--include={','.join(PACKAGES)}", suite, str(part)]
+    argv += ['--aptopt=APT::Install-Recommends "false"', f"--include={','.join(packages)}", suite, str(part)]
     run_step(
         f"{suite}: Debian packages",
         argv,
@@ -196,10 +216,13 @@ def local_paths(settings: dict[str, str]) -> list[str]:
     return sorted(path for path in paths if path not in {"/", "/etc", "/usr", "/root"})
 
 
-def _finish(part: Path) -> None:
+def _add_launcher(part: Path) -> None:
     launcher = part / "usr/local/bin/kvmhv"
     launcher.write_text(_LAUNCHER)
     launcher.chmod(0o755)
+
+
+def _finish(part: Path) -> None:
     (part / "opt/kvmhv/src/kvmhv").mkdir(parents=True)
     (part / "etc/resolv.conf").write_text("# a lab's host has no way out\n")
     (part / "etc/machine-id").unlink(missing_ok=True)

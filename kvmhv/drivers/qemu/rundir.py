@@ -85,7 +85,6 @@ class VmDir:
 
     def make(self, *, incoming: bool) -> None:
         """Make the directory afresh. Raises HostError `run-dir`."""
-        check_run_path(self.run_path)
         try:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True, mode=0o700)
