@@ -3,6 +3,9 @@
 Each pass sends what was dirtied during the one before, so with a dirty rate D and a throughput T the next dirty set is
 D x (bytes / T), and never more than the working set. The passes to come are played through until the pre-copy rule
 would stop the guest. The low and the high figure come from the same play with the rates a margin better and worse.
+
+The progress goes forward by that share of the rest which the time since the last look is of the seconds left. So it
+cannot run backward, reaches the end when the move does, and a wrong judgement slows it down instead of stopping it.
 """
 
 from kvmhv.core.precopy import PASS_LIMIT, THRESHOLD
@@ -15,8 +18,10 @@ MARGIN = 1.25
 """How much better or worse the rates of a steady guest become."""
 RATE_AFTER_S = 0.5
 """A pass or a disk copy that runs for so long is worth judging by."""
-UNFINISHED_MAX = 0.99
-"""Nothing but the end is 1."""
+WORKING_SET_LIKELY = 0.5
+"""Of the used memory, until a pass has shown how much of it the guest writes to; the high figure takes all of it."""
+UNFINISHED_MAX = 0.97
+"""What the passes can reach; nothing but the end is 1."""
 BLACKOUT_PROGRESS = 0.98
 
 
@@ -25,8 +30,6 @@ class Standing(Struct, frozen=True, kw_only=True):
 
     phase: Phase
     rule: Rule
-    elapsed_s: float
-    """Since the move began."""
     phase_s: float
     """Since the phase began."""
     disk_total_bytes: int = 0
@@ -44,7 +47,7 @@ class Standing(Struct, frozen=True, kw_only=True):
     expected_dirty_bytes_per_s: float = 0.0
     """Measured before the move."""
     expected_bytes_per_s: float = 0.0
-    """What an earlier move there reached, or the limit that is set; 0: nobody knows."""
+    """What the last move there reached; 0: nobody knows."""
 
 
 def throughput_bytes_per_s(standing: Standing) -> float | None:
@@ -74,42 +77,67 @@ def dirty_bytes_per_s(standing: Standing) -> float:
 
 def estimate(standing: Standing) -> Estimate | None:
     """Return the seconds left and the end to be expected; None while nothing is known of the throughput."""
-    rate = throughput_bytes_per_s(standing) or standing.expected_bytes_per_s
-    if standing.phase in (Phase.STATE, Phase.CLEANUP) or rate <= 0:
+    if standing.phase in (Phase.STATE, Phase.CLEANUP):
         return None
-    likely_s, passes, switchover, blackout_s = _play(standing, rate, 1.0)
-    low_s, high_s = _play(standing, rate, 1 / MARGIN)[0], _play(standing, rate, MARGIN)[0]
+    measured = throughput_bytes_per_s(standing)
+    limits = [rate for rate in (standing.rule.bandwidth_bytes_per_s, standing.expected_bytes_per_s) if rate]
+    memory_rate = measured if standing.phase is Phase.MEMORY and measured else min(limits, default=measured or 0)
+    if memory_rate <= 0:
+        return None
+    disk_rate = measured if standing.phase is Phase.STORAGE and measured else memory_rate
+    plays = [_play(standing, disk_rate, memory_rate, worse) for worse in (1 / MARGIN, 1.0, MARGIN)]
+    likely = plays[1]
     return Estimate(
-        seconds_low=min(low_s, likely_s),
-        seconds_likely=likely_s,
-        seconds_high=max(high_s, likely_s),
-        passes=passes,
-        switchover=switchover,
-        blackout_ms=blackout_s * 1000,
+        seconds_low=min(play.seconds for play in plays),
+        seconds_likely=likely.seconds,
+        seconds_high=max(play.seconds for play in plays),
+        passes=likely.passes,
+        switchover=likely.switchover,
+        blackout_ms=likely.blackout_s * 1000,
     )
 
 
-def _play(standing: Standing, rate: float, worse: float) -> tuple[float, int, str, float]:
-    """Play the rest with rates that are so much worse: (seconds left, complete passes, why they end, blackout)."""
-    rate, dirty = rate / worse, dirty_bytes_per_s(standing) * worse
-    rule = standing.rule
-    total_s = 0.0
+class _Play(Struct, frozen=True, kw_only=True):
+    seconds: float
+    passes: int
+    switchover: str
+    blackout_s: float
+
+
+def _play(standing: Standing, disk_rate: float, memory_rate: float, worse: float) -> _Play:
+    """Play the rest with rates that are so much worse."""
+    rule, rate = standing.rule, memory_rate / worse
+    dirty, working_set = dirty_bytes_per_s(standing) * worse, _working_set(standing, worse)
+    total_s, during_s = 0.0, standing.pass_s if standing.phase is Phase.MEMORY else 0.0
     if standing.phase in (Phase.SETUP, Phase.STORAGE):
-        total_s = max(0, standing.disk_total_bytes - standing.disk_copied_bytes) / rate
-    left = _left_of_pass(standing, worse)
-    working_set = max([one.remaining_bytes for one in standing.passes], default=standing.used_bytes)
-    complete = len(standing.passes)
-    during_s = standing.pass_s if standing.phase is Phase.MEMORY else 0.0
+        total_s = max(0, standing.disk_total_bytes - standing.disk_copied_bytes) * worse / disk_rate
+    left, complete = _left_of_pass(standing, worse), len(standing.passes)
     while True:
         total_s += left / rate
         during_s += left / rate
         complete += 1
-        left = min(float(working_set), dirty * during_s)
-        during_s = 0.0
-        reason = THRESHOLD if left <= rule.threshold_bytes else PASS_LIMIT
-        if reason == THRESHOLD or complete >= rule.max_passes:
-            blackout_s = BLACKOUT_FIXED_S + left / rate
-            return total_s + blackout_s + CLEANUP_S, complete, reason, blackout_s
+        left, during_s = min(working_set, dirty * during_s), 0.0
+        below = left <= rule.threshold_bytes
+        if below or complete >= rule.max_passes:
+            blackout_s = BLACKOUT_FIXED_S + left / _last_rate(standing, rate)
+            return _Play(
+                seconds=total_s + blackout_s + CLEANUP_S,
+                passes=complete,
+                switchover=THRESHOLD if below else PASS_LIMIT,
+                blackout_s=blackout_s,
+            )
+
+
+def _last_rate(standing: Standing, rate: float) -> float:
+    """Return the rate of the last bytes: a limit that is set does not hold in the blackout."""
+    return max(rate, standing.expected_bytes_per_s) if standing.rule.bandwidth_bytes_per_s else rate
+
+
+def _working_set(standing: Standing, worse: float) -> float:
+    """Return how much of its memory the guest writes to: the most that a pass left, or a guess before there was one."""
+    if standing.passes:
+        return float(max(one.remaining_bytes for one in standing.passes))
+    return standing.used_bytes * (1.0 if worse > 1 else WORKING_SET_LIKELY)
 
 
 def _left_of_pass(standing: Standing, worse: float) -> float:
@@ -122,15 +150,14 @@ def _left_of_pass(standing: Standing, worse: float) -> float:
     return min(float(standing.remaining_bytes), max(used_left, 0.02 * standing.used_bytes))
 
 
-def progress(standing: Standing, before: float) -> float:
-    """Return 0..1 as a share of the whole time, never less than `before`.
+def progress(standing: Standing, before: float, since_s: float) -> float:
+    """Return 0..1, never less than `before`, the progress that was noted `since_s` seconds ago.
 
-    Where no throughput is known it does not move: a bar that stands is honest, one that runs back is not.
+    Where no throughput is known it does not move.
     """
     if standing.phase in (Phase.STATE, Phase.CLEANUP):
         return max(before, BLACKOUT_PROGRESS)
     seen = estimate(standing)
-    if seen is None:
+    if seen is None or since_s <= 0:
         return before
-    share = standing.elapsed_s / max(standing.elapsed_s + seen.seconds_likely, 0.001)
-    return min(UNFINISHED_MAX, max(before, share))
+    return max(before, min(UNFINISHED_MAX, before + (1 - before) * since_s / (since_s + seen.seconds_likely)))

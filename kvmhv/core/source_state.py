@@ -97,6 +97,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     pass_begun: PassStarted | None = None
     progress: float = 0.0
     """Kept, so that it never goes backward."""
+    progress_ms: float | None = None
+    """When it was noted."""
 
     switchover: Switchover | None = None
     guest_runs: bool = True
@@ -235,7 +237,7 @@ def _shown_progress(state: SourceState, standing: progress.Standing) -> float:
     if state.step is SourceStep.ENDED and state.outcome is Outcome.DONE:
         return 1.0
     in_blackout = state.phase in (Phase.STATE, Phase.CLEANUP)
-    return progress.progress(standing, state.progress) if in_blackout else state.progress
+    return progress.progress(standing, state.progress, 0.0) if in_blackout else state.progress
 
 
 def network_gap_ms(blackout_ms: float | None, first_frame_after_ms: float | None) -> float | None:
@@ -262,12 +264,10 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
     """Return what the estimate is made from."""
     facts_of_vm, begun = state.inventory.facts_of_vm, state.pass_begun
     planned_bytes = sum(copy.used_bytes for copy in state.plan.disk_copies) if state.plan else 0
-    limits = [rate for rate in (state.rule.bandwidth_bytes_per_s, state.throughput_bytes_per_s) if rate]
-    first_ms, phase_ms = (state.marks[0].at_ms, state.marks[-1].at_ms) if state.marks else (now_ms, now_ms)
+    phase_ms = state.marks[-1].at_ms if state.marks else now_ms
     return progress.Standing(
         phase=state.phase,
         rule=state.rule,
-        elapsed_s=max(0.0, now_ms - first_ms) / 1000,
         phase_s=max(0.0, now_ms - phase_ms) / 1000,
         disk_total_bytes=max(state.disk_total_bytes, planned_bytes),
         disk_copied_bytes=state.copied_bytes,
@@ -278,13 +278,15 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
         pass_bytes=begun.remaining_bytes if begun else 0,
         pass_sent_bytes=max(0, state.memory_sent_bytes - begun.sent_bytes) if begun else 0,
         expected_dirty_bytes_per_s=(facts_of_vm.dirty_bytes_per_s or 0.0) if facts_of_vm else 0.0,
-        expected_bytes_per_s=float(min(limits, default=0.0)),
+        expected_bytes_per_s=state.throughput_bytes_per_s or 0.0,
     )
 
 
 def with_progress(state: SourceState, now_ms: float) -> SourceState:
     """Note how far the move is now."""
-    return update(state, progress=progress.progress(standing_of(state, now_ms), state.progress))
+    before_ms = state.progress_ms if state.progress_ms is not None else state.marks[0].at_ms if state.marks else now_ms
+    now = progress.progress(standing_of(state, now_ms), state.progress, max(0.0, now_ms - before_ms) / 1000)
+    return update(state, progress=now, progress_ms=now_ms)
 
 
 def phase_times(state: SourceState, now_ms: float) -> tuple[PhaseTime, ...]:

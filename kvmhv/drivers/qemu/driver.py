@@ -124,7 +124,9 @@ class Qemu:
             running=bool(status["running"]),
             qemu_version=qmp.version,
             accel=instance.accel,
-            memory_used_bytes=min(vm.memory_bytes, process.resident_bytes(instance.process.pid)),
+            memory_used_bytes=await asyncio.to_thread(
+                process.guest_memory_bytes, instance.process.pid, vm.memory_bytes
+            ),
             dirty_bytes_per_s=await self._dirty_rate(instance) if status["running"] else 0.0,
             blockers=tuple(migration.get("blocked-reasons", ())),
             disk_used_bytes={

@@ -153,6 +153,26 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
+def guest_memory_bytes(pid: int, memory_bytes: int) -> int:
+    """Return how much of the guest's memory was ever touched: what the first pass of a move has to send.
+
+    The guest's memory is the one mapping of exactly its size. Without it (huge pages, a process that is gone): what is
+    resident of the whole process, at most the guest's memory.
+    """
+    found = 0
+    try:
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            first, _, rest = line.partition(" ")
+            if "-" in first:
+                low, _, high = first.partition("-")
+                wanted = int(high, 16) - int(low, 16) == memory_bytes
+            elif first == "Rss:" and wanted:
+                found = max(found, int(rest.split()[0]) * 1024)
+    except (OSError, ValueError, IndexError):
+        found = 0
+    return found or min(memory_bytes, resident_bytes(pid))
+
+
 def _descriptors(pid: int) -> list[int]:
     """Return the numbers of the process's sockets."""
     found = []
