@@ -180,11 +180,12 @@ def change_settings(settings: HostSettings, changes: dict[str, str]) -> HostSett
         for source in changed.sources:
             ipaddress.ip_network(source)
         if changed.profile not in PROFILES:
-            raise ValueError(f"profile: one of {', '.join(PROFILES)}")
+            raise ValueError(f"migration.profile: one of {', '.join(PROFILES)}")
         if changed.performance not in PERFORMANCE_OPTIONS:
-            raise ValueError(f"performance: one of {', '.join(PERFORMANCE_OPTIONS)}")
+            raise ValueError(f"migration.performance: one of {', '.join(PERFORMANCE_OPTIONS)}")
     except (msgspec.ValidationError, ValueError) as error:
-        raise CallerError("setting-invalid", str(error), "see `kvmhv host show` for the settings' values") from error
+        text = str(error).replace("$.", "migration.")
+        raise CallerError("setting-invalid", text, "docs/manual.md says which values a setting may have") from error
     return changed
 
 

@@ -81,8 +81,9 @@ class Doctor:
         if kind is not None and kind not in MEMORY_FILE_SYSTEMS:
             yield _warning(
                 "run-dir-on-disk",
-                f"run_dir {self._config.run_dir} is on {kind}: the keys of moves would be written to a disk",
-                "put run_dir on a tmpfs, e.g. /run/kvmhv",
+                f"run_dir {self._config.run_dir} is on {kind}, not on a tmpfs: keys of moves are written to a disk, "
+                "and after a crash of the host its agent takes old notes for new ones",
+                "set run_dir in agent.toml to a directory on a tmpfs (/run is one where systemd runs)",
             )
 
     async def _switches(self) -> list[Problem]:
@@ -116,7 +117,9 @@ class Doctor:
             found.append(Problem(id="migration-network-none", severity=severity, text=text, todo=todo))
         if not self._trust.list():
             text = "this host trusts no other host, so there is none to move VMs to or from"
-            found.append(_warning("trust-none", text, "`kvmhv host trust` on both hosts"))
+            found.append(
+                _warning("trust-none", text, "`kvmhv host trust invite` on one host, `... join CODE` on the other")
+            )
         first, last = self._config.migration_ports
         free = last - first + 1 - len(self._listening(first, last))
         if free < PORTS_PER_MOVE * settings.moves_in:

@@ -141,7 +141,11 @@ class Moves:
         report = await self.show(move_id)
         runner = self._open.find(report.id, SOURCE)
         if runner is None and self._open.find(report.id, TARGET) is not None:
-            raise Refused("cancel-at-source", "a move is cancelled at its source", f"kvmhv --host {report.source} ...")
+            raise Refused(
+                "cancel-at-source",
+                "a move is cancelled at its source",
+                f"kvmhv --host {report.source} move cancel {report.id}",
+            )
         if runner is None:
             text = f"the move has ended ({report.outcome})"
             raise CallerError("move-ended", text, "there is nothing to cancel", http_status=409)

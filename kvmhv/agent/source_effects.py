@@ -22,7 +22,7 @@ from kvmhv.core.effects import (
 )
 from kvmhv.core.source_state import SourceState, report
 from kvmhv.errors import HostError
-from kvmhv.model import ErrorBody, MoveReport
+from kvmhv.model import ErrorBody, MoveReport, Vm
 from kvmhv.ports import Clock, Hypervisor, MemoryStats, Peer, QemuEvent
 
 POLL_S = 0.25
@@ -176,7 +176,7 @@ class SourceMachine:
         if event.name == "MIGRATION":
             return await self._migration_status(event)
         if event.name == "GONE":
-            return facts.QemuGone(at_ms=event.at_ms, error=_gone(self._vm.name, event))
+            return facts.QemuGone(at_ms=event.at_ms, error=_gone(self._vm, event))
         return None
 
     async def _pass_started(self, event: QemuEvent) -> facts.Fact:
@@ -211,6 +211,7 @@ class SourceMachine:
         )
 
 
-def _gone(name: str, event: QemuEvent) -> ErrorBody:
+def _gone(vm: Vm, event: QemuEvent) -> ErrorBody:
     said = event.data.get("reason") or event.data.get("error") or "it ended by itself"
-    return ErrorBody(code="qemu-gone", message=f"the QEMU of {name} is gone: {said}", todo="see its log")
+    todo = f"see ended/{vm.id}/qemu.log in the run_dir of the source"
+    return ErrorBody(code="qemu-gone", message=f"the QEMU of {vm.name} is gone: {said}", todo=todo)

@@ -103,6 +103,11 @@ class TargetMachine:
             why = event.data.get("reason") or event.data.get("error") or "it ended by itself"
             text = f"the incoming QEMU of {self._vm.name} is gone: {why}"
             return facts.QemuGone(
-                at_ms=event.at_ms, error=ErrorBody(code="qemu-gone", message=text, todo="see its log")
+                at_ms=event.at_ms,
+                error=ErrorBody(
+                    code="qemu-gone",
+                    message=text,
+                    todo=f"see ended/{self._vm.id}/qemu.log in the run_dir of the target",
+                ),
             )
         return None

@@ -65,7 +65,7 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
 @click.command("move")
 @click.argument("name", type=VM)
 @_destination
-@click.option("--max-passes", type=click.IntRange(1, 10**6), metavar="N", help="Switch over after N complete passes.")
+@click.option("--max-passes", type=click.IntRange(1, 1000), metavar="N", help="Switch over after N complete passes.")
 @click.option("--threshold", type=Size(), metavar="SIZE", help="Switch over when no more than this remains.")
 @click.option("--bandwidth", type=Rate(), metavar="RATE", help="At most so fast: 100M (bytes per second) or 800mbit.")
 @click.option("--no-wait", is_flag=True, help="Only start the move.")
@@ -207,7 +207,7 @@ def cancel(session: Session, move_id: str) -> int:
         return 0
     late = ErrorBody(
         code="cancel-late",
-        message=f"the move had ended before it could be cancelled: {ended.outcome}",
+        message=f"it was too late to cancel the move: it is {ended.outcome}",
         todo=f"see: kvmhv move show {ended.id}",
         host=ended.source,
         exit_status=exit_status(ended) or 1,

@@ -48,7 +48,7 @@ def _details(agent: Agent, name: str) -> VmDetails:
     metavar="SPEC",
     help="size=4G | file=PATH | image=NAME, with format=qcow2|raw, backing=..., location=...; may be repeated.",
 )
-@click.option("--image", type=IMAGE, help="Boot this image's kernel.")
+@click.option("--image", type=IMAGE, help="Made of this image: its kernel, its disk as disk0, or both.")
 @click.option("--append", metavar="TEXT", help="The kernel's command line, instead of the image's.")
 @click.option("--switch", "switches", multiple=True, metavar="NAME", help="A card on this switch; may be repeated.")
 @click.option("--mac", "macs", multiple=True, metavar="MAC", help="The card's address, in the order of --switch.")

@@ -1,6 +1,6 @@
 """Can this VM run there (Hyper-V: Compare-VM)? Every check looks, and every finding is returned.
 
-Each finding has a stable id; docs/findings.md has a paragraph for each.
+Each finding has a stable id; docs/errors.md has a paragraph for each.
 """
 
 from collections.abc import Iterator
@@ -85,7 +85,7 @@ def _guest(vm: Vm, source: Inventory) -> Iterator[Finding]:
             vm.name,
             source.host,
             f"{vm.name} runs under TCG on QEMU {version}, which loses memory writes while it migrates (fixed in 9.0)",
-            "use KVM or QEMU 9.0 or newer at the source; or stop the VM, which makes a move safe",
+            f"install QEMU 9.0 or newer on {source.host} (or make KVM work there), then stop and start the VM",
         )
     for blocker in now.blockers:
         yield _error(
@@ -93,7 +93,7 @@ def _guest(vm: Vm, source: Inventory) -> Iterator[Finding]:
             vm.name,
             source.host,
             f"QEMU on {source.host} says that {vm.name} cannot migrate: {blocker}",
-            "remove the device, or shut the VM down to move it",
+            "run the VM without that device: only a running VM can be moved",
         )
 
 
@@ -158,7 +158,7 @@ def _processor(vm: Vm, source: Inventory, target: Inventory) -> Iterator[Finding
             vm.name,
             target.host,
             f"the CPUs are of different vendors: {source.cpu_vendor} and {target.cpu_vendor}",
-            "shut the VM down to move it",
+            "name a target with CPUs of the same vendor: the running guest knows its own",
         )
     if target.qemu.version < OLDEST_QEMU:
         yield _error(
