@@ -63,7 +63,7 @@ def test_what_pip_finds_on_the_machines_disk_is_shown_to_the_tree() -> None:
 
 
 def _build_of(monkeypatch: pytest.MonkeyPatch, outcome: BaseException | None) -> None:
-    def install(_suite: str, part: Path, _log: Path, _progress: object) -> None:
+    def install(_suite: str, _packages: object, part: Path, _log: Path, _progress: object) -> None:
         for directory in ("usr/local/bin", "etc", "opt"):
             (part / directory).mkdir(parents=True)
 

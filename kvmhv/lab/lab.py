@@ -57,7 +57,8 @@ class Lab:
     ) -> Lab:
         """Build what is missing and bring up a lab; `rate` (`400mbit`) is the speed of its migration network.
 
-        `storage`: with the file server (storage_host.py). CallerError `lab-up` when it is up already. After any other error nothing of the lab is left.
+        `storage`: with the file server (storage_host.py). CallerError `lab-up` when it is up already. After any other
+        error nothing of the lab is left.
         """
         if storage:
             hosts, suites = (*hosts, STORAGE_HOST), {**(suites or {}), STORAGE_HOST: STORAGE_TREE}

@@ -109,7 +109,9 @@ class StorageHost:
 
     def _nfs(self) -> None:
         self._configuration("ganesha.conf", "/etc/ganesha/kvmhv.conf")
-        ready = "mkdir -p /run/ganesha /run/rpcbind /run/dbus /var/lib/nfs/ganesha; pgrep -x rpcbind >/dev/null || rpcbind"
+        ready = (
+            "mkdir -p /run/ganesha /run/rpcbind /run/dbus /var/lib/nfs/ganesha; pgrep -x rpcbind >/dev/null || rpcbind"
+        )
         serve = "exec ganesha.nfsd -f /etc/ganesha/kvmhv.conf -L /var/log/ganesha.log -N NIV_EVENT -p /run/ganesha/pid"
         self.host.exec(["sh", "-c", f"{ready}; {serve}"])
 
