@@ -116,7 +116,8 @@ class MemoryHypervisor:
         self.gone.set()
         shutdown = {"guest": True, "reason": "guest-shutdown"} if guest else None
         if told:
-            self.say(vm_id, "GONE", {"exit_status": 0 if guest else -11, "shutdown": shutdown, "log": ""})
+            reason = "the guest switched itself off" if guest else "QEMU was ended by signal 11"
+            self.say(vm_id, "GONE", {"reason": reason, "shutdown": shutdown})
 
     def say(self, vm_id: str, name: str, data: dict[str, object]) -> None:
         for sink in self._sinks:

@@ -142,3 +142,5 @@ async def test_locations_say_their_space(disks: Directories, root: Path) -> None
     assert 0 < default.free_bytes <= default.total_bytes
     assert fast.total_bytes == default.total_bytes
     assert (gone.name, gone.free_bytes, gone.total_bytes) == ("gone", 0, 0)
+    root.rmdir()  # noqa: ASYNC240
+    assert (await disks.locations())[0].total_bytes == default.total_bytes

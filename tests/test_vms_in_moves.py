@@ -65,7 +65,7 @@ async def test_a_vm_in_a_move_is_left_alone(world: World) -> None:
     world.vms.release("web01", "move1")
     await world.settled()
     shown = await world.vms.show("web01")
-    assert (shown.state, shown.exit_reason, shown.move) == (VmState.CRASHED, "its QEMU was ended by signal 11", None)
+    assert (shown.state, shown.exit_reason, shown.move) == (VmState.CRASHED, "QEMU was ended by signal 11", None)
     assert world.network.made == {}
 
 

@@ -96,13 +96,7 @@ class VmEnds:
 
 
 def _end(gone: dict[str, object]) -> End:
-    """Read GONE: `exit_status` (-N: signal N; None: unknown), `shutdown` (QEMU's last SHUTDOWN event), `log`."""
+    """Read GONE: `reason` for people; `shutdown` is QEMU's last SHUTDOWN event."""
     shutdown = gone.get("shutdown")
-    if isinstance(shutdown, dict) and shutdown.get("guest") is True:
-        return End(guest_off=True, reason="the guest switched itself off")
-    status = gone.get("exit_status")
-    how = "ended by itself"
-    if isinstance(status, int):
-        how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-    words = str(gone.get("log") or "").strip().splitlines()
-    return End(guest_off=False, reason=f"its QEMU {how}" + (f": {words[-1][-300:]}" if words else ""))
+    guest_off = isinstance(shutdown, dict) and shutdown.get("guest") is True
+    return End(guest_off=guest_off, reason=str(gone.get("reason") or "its QEMU ended by itself"))

@@ -49,7 +49,7 @@ class Host:
             "run": self.sh("ls /run/kvmhv/vms 2>/dev/null || true").splitlines(),
             "disks": self.sh("find /var/lib/kvmhv/disks -mindepth 1 2>/dev/null || true").splitlines(),
             "vms": self.sh("ls /var/lib/kvmhv/vms 2>/dev/null || true").splitlines(),
-            "taps": self.sh("ip -o link | grep -o ' kv[0-9a-f]*' || true").splitlines(),
+            "taps": self.sh("ip -o link | grep -o '\\bkv[0-9a-f]*' || true").splitlines(),
         }
 
 
@@ -87,7 +87,7 @@ def host(lab: Lab, images: GuestImages) -> Iterator[Host]:
 @pytest.fixture
 def booted(host: Host) -> Host:
     """web01 runs the boot-sector guest."""
-    host.kvmhv("vm", "create", "web01", "--memory", "32M", "--disk", "file=/srv/boot.raw,format=raw")
+    host.kvmhv("vm", "create", "web01", "--memory", "32M", "--disk", "file=/srv/boot.raw,format=raw", "--switch", "lan")
     host.kvmhv("vm", "start", "web01")
     until("the guest's first heartbeat", lambda: "beat" in host.console())
     return host
@@ -101,6 +101,10 @@ def test_a_vm_runs_and_is_shown(booted: Host) -> None:
     expected = {"name": "web01", "id": shown["vm"]["id"], "state": "running", "host": "host1", "memory_bytes": 32 << 20}
     assert listed == {**expected, "cpus": 1}
     assert booted.sh("ls /var/lib/kvmhv/disks/web01").split() == ["disk0.raw"]
+    (tap,) = booted.left()["taps"]
+    assert "master lan" in booted.sh(f"ip link show {tap}")
+    booted.kvmhv("vm", "stop", "web01")
+    assert booted.left()["taps"] == []
 
 
 def test_vms_are_as_they_were_after_the_agents_death(booted: Host) -> None:
@@ -123,6 +127,7 @@ def test_a_guest_that_knows_no_power_button_is_ended_by_force(host: Host) -> Non
 def test_a_qemu_that_is_killed_is_a_crash(booted: Host) -> None:
     booted.sh(f"kill -9 {booted.show()['pid']}")
     until("the agent sees it", lambda: booted.show()["state"] == "crashed")
+    until("its tap goes", lambda: booted.left()["taps"] == [], 10)
     assert "signal 9" in booted.show()["exit_reason"]
     booted.kvmhv("vm", "start", "web01")
     assert (booted.show()["state"], booted.show()["exit_reason"]) == ("running", None)

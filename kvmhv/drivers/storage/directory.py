@@ -213,8 +213,10 @@ class Directories:
 
 
 def _location(name: str, root: Path) -> Location:
-    """Describe a location; one whose directory is made at its first use has its parent's space."""
-    there = next((directory for directory in (root, *root.parents) if directory.exists()), root)
+    """Describe a location; `default`, whose directory is made at its first use, has its parent's space until then."""
+    there = root
+    if name == DEFAULT:
+        there = next((directory for directory in (root, *root.parents) if directory.exists()), root)
     try:
         space = shutil.disk_usage(there)
     except OSError:
