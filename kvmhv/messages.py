@@ -53,12 +53,16 @@ class MirrorsEnded(Message, frozen=True, kw_only=True):
     """The disks are in sync and nobody writes to the exports any more."""
 
     epoch: int
+    held: bool = False
+    """The guest was stopped by the source's agent, not by QEMU: only that agent can let it go on."""
 
 
 class Grant(Message, frozen=True, kw_only=True):
     """The target may run the VM. Irrevocable: the source runs it again only on proof that the target refused."""
 
     epoch: int
+    sent: bool = True
+    """False: the source has lost its copy before it heard that all was sent; the target knows what it has."""
     ran: bool = False
     """The target has said before that it runs it: proof for a target whose host rebooted and which cannot tell."""
 

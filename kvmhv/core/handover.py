@@ -12,9 +12,14 @@ An operator's reading of the rule, for one epoch (one change of host):
 1. The source grants once its QEMU has sent everything (or has no copy any more). That the grant was given is in the
    volatile journal before it is sent, so an agent that restarts knows it; a host that reboots has no copy left.
 2. The target runs only on the grant for its epoch. That it is about to is in its volatile journal before `cont`.
-3. A source that HOLDS has not granted: the target cannot run, so the source may always let its guest go on.
+   A source without a copy cannot say what its guest did last. Its grant counts only if the target knows that the guest
+   was held: stopped by the source's agent, so that QEMU could not let it go on when the switchover failed.
+3. A source that HOLDS has not granted: the target cannot run, so the source may always let its guest go on. That it
+   takes the move back is on disk before it does: after a reboot it would otherwise grant a copy that is old.
 4. A source that has GRANTED stands still until it has proof: Running or Owned (it yields for ever) or Refused (it may
    go on). Silence proves nothing: it waits, and tells the operator.
+5. What stays: the source has granted, and the target's host died before the source heard Running. Nobody can prove
+   whether the guest ran there: both stand still until the operator decides. Nothing else stands still for good.
 
 This is the only file that makes a `Cont`, so it is the only place where a VM can come to run twice.
 """
@@ -87,7 +92,7 @@ def grant(hold: SourceHold, *, sent: bool) -> tuple[SourceHold, list[Effect]]:
     _require(sent or hold.copy_lost, "a grant before everything was sent")
     _require(hold.right in (SourceRight.HOLDS, SourceRight.GRANTED), f"a grant by a source that {hold.right}")
     granted = _replace_source(hold, SourceRight.GRANTED)
-    return granted, [Journal(durable=False), Send(message=Grant(epoch=hold.epoch))]
+    return granted, [Journal(durable=False), Send(message=Grant(epoch=hold.epoch, sent=sent))]
 
 
 def yield_copy(hold: SourceHold, epoch: int) -> SourceHold:
@@ -121,8 +126,14 @@ def _replace_source(hold: SourceHold, right: SourceRight) -> SourceHold:
 # --- target
 
 
-def run_at_target(hold: TargetHold, vm_id: str, *, granted_epoch: int, loaded: bool) -> tuple[TargetHold, list[Effect]]:
-    """Run the VM at the target: the intent is in the volatile journal before `cont`. May be repeated."""
+def run_at_target(
+    hold: TargetHold, vm_id: str, *, granted_epoch: int, loaded: bool, newest: bool
+) -> tuple[TargetHold, list[Effect]]:
+    """Run the VM at the target: the intent is in the volatile journal before `cont`. May be repeated.
+
+    `newest`: the source said that it sent everything, or its guest is known to have been held.
+    """
+    _require(newest, "run what may be old")
     _require(granted_epoch == hold.epoch, f"grant for epoch {granted_epoch} in epoch {hold.epoch}")
     _require(loaded, "run before everything was loaded")
     _require(hold.right is not TargetRight.REFUSED, "run after a refusal")

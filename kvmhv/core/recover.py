@@ -65,7 +65,9 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
     if state.step is TargetStep.STARTING:
         if not found.process:
             return target.step(state, QemuGone(at_ms=found.at_ms, error=_gone(state)))
-        hold, effects = handover.run_at_target(state.hold, state.vm.id, granted_epoch=state.hold.epoch, loaded=True)
+        hold, effects = handover.run_at_target(
+            state.hold, state.vm.id, granted_epoch=state.hold.epoch, loaded=True, newest=True
+        )
         state = msgspec.structs.replace(state, hold=hold)
         return state, [*effects, SetTimer(name=target.STEP_TIMER, after_s=timeouts.grant_s)]
     if state.step is TargetStep.SETTLING:
@@ -75,7 +77,9 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
     if state.step is TargetStep.WAITING:
         if found.migration in ("failed", "cancelled"):
             return target.refuse(state, _restarted(state))
-        state = msgspec.structs.replace(state, transferred=found.migration == "completed", granted_epoch=None)
+        state = msgspec.structs.replace(
+            state, transferred=found.migration == "completed", granted_epoch=None, mirrors_ended=False
+        )
         return state, [
             SetTimer(name=target.STEP_TIMER, after_s=timeouts.storage_s + timeouts.memory_s),
             SetTimer(name=target.PEER_TIMER, after_s=timeouts.reconnect_s),

@@ -30,7 +30,6 @@ from kvmhv.messages import (
     Enquire,
     FilesSent,
     FilesWanted,
-    MirrorsEnded,
     Owned,
     Ready,
     Refused,
@@ -78,7 +77,9 @@ def _connected(state: SourceState, fact: facts.Fact) -> Result:
         effects.append(Send(message=Enquire(vm=state.vm, request=state.request)))
     elif state.step is SourceStep.OFFERING:
         effects.append(Send(message=FilesSent() if state.files_sent else state.offer()))
-    elif (
+    elif state.step in BEFORE_PROOF and state.mirrors_finished:
+        effects.append(Send(message=source_switchover.mirrors_ended(state)))
+    if (
         state.step is SourceStep.SWITCHING and (state.memory_sent or state.hold.copy_lost)
     ) or state.step is SourceStep.GRANTED:
         state, more = source_switchover.grant_it(state)
@@ -87,8 +88,6 @@ def _connected(state: SourceState, fact: facts.Fact) -> Result:
         effects.append(Send(message=Abort(epoch=epoch, error=state.failure)))
     elif state.step is SourceStep.CLEANUP and not state.target_owns:
         effects.append(Send(message=source_switchover.proof(state)))
-    if state.mirrors_finished and state.planned().disk_copies and state.step in BEFORE_PROOF:
-        effects.append(Send(message=MirrorsEnded(epoch=epoch)))
     return state, effects
 
 

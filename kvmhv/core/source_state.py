@@ -111,6 +111,10 @@ class SourceState(Struct, frozen=True, kw_only=True):
     """Moments of the blackout in this host's clock."""
     first_frame_after_ms: float | None = None
     """From the target's RESUME to the guest's first frame there."""
+    halted_ms: float | None = None
+    """When the lever's `stop` was done."""
+    held: bool = False
+    """The guest was stopped by this agent before QEMU did it: only this agent can let it go on."""
     pre_switchover: bool = False
     mirrors_finished: bool = False
     memory_sent: bool = False

@@ -33,6 +33,7 @@ def guest_stopped(state: SourceState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.GuestStopped)
     state = update(state, stopped_ms=fact.told_ms).begin_phase(Phase.STATE, fact.told_ms)
     state = mark(state, "stopped", fact.at_ms)
+    state = update(state, halted_ms=fact.at_ms)
     if state.planned().disk_copies:
         return state, [FinishMirrors()]
     return _continue_when_ready(update(state, mirrors_finished=True))
@@ -49,20 +50,27 @@ def converged(state: SourceState, fact: facts.Fact) -> Result:
 
 def pre_switchover(state: SourceState, fact: facts.Fact) -> Result:
     """QEMU waits with the device state."""
-    return _continue_when_ready(update(mark(state, "memory-sent", fact.at_ms), pre_switchover=True))
+    held = state.halted_ms is not None and state.halted_ms < fact.at_ms
+    state = mark(state, "memory-sent", fact.at_ms)
+    return _continue_when_ready(update(state, pre_switchover=True, held=held))
 
 
 def mirrors_finished(state: SourceState, fact: facts.Fact) -> Result:
     """Nobody writes to the exports any more: the target may close them meanwhile."""
     state = mark(state, "mirrors-ended", fact.at_ms)
     after, effects = _continue_when_ready(update(state, mirrors_finished=True))
-    return after, [*effects, Send(message=MirrorsEnded(epoch=state.hold.epoch))]
+    return after, effects or [Send(message=mirrors_ended(after))]
+
+
+def mirrors_ended(state: SourceState) -> MirrorsEnded:
+    """What the target may know of the switchover so far."""
+    return MirrorsEnded(epoch=state.hold.epoch, held=state.held)
 
 
 def _continue_when_ready(state: SourceState) -> Result:
     if not (state.pre_switchover and state.mirrors_finished):
         return state, []
-    return update(state, step=SourceStep.SWITCHING), [ContinueSwitchover()]
+    return update(state, step=SourceStep.SWITCHING), [ContinueSwitchover(), Send(message=mirrors_ended(state))]
 
 
 def memory_sent(state: SourceState, fact: facts.Fact) -> Result:

@@ -124,9 +124,12 @@ def _incoming_ready(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _mirrors_ended(state: TargetState, fact: facts.Fact) -> Result:
-    if state.mirrors_ended or facts.message_of(fact, MirrorsEnded).epoch != state.hold.epoch:
+    message = facts.message_of(fact, MirrorsEnded)
+    if message.epoch != state.hold.epoch or (state.mirrors_ended and state.held >= message.held):
         return state, []
-    return update(state, mirrors_ended=True), [Unexport()] if state.plan.disk_copies else []
+    after = update(state, mirrors_ended=True, held=state.held or message.held)
+    close: list[Effect] = [] if state.mirrors_ended or not state.plan.disk_copies else [Unexport()]
+    return after, [*close, Journal(durable=False)]
 
 
 def _unexported(state: TargetState, fact: facts.Fact) -> Result:
@@ -146,9 +149,17 @@ def _grant(state: TargetState, fact: facts.Fact) -> Result:
         effects.append(Unexport())
     if not state.transferred:  # it will be said at once, or never: the source's QEMU is gone
         effects.append(SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s / 2))
-    after, more = _run_when_granted(
-        update(state, granted_epoch=message.epoch, granted_ms=fact.at_ms, mirrors_ended=True)
-    )
+    if not message.sent and not state.held:
+        error = ErrorBody(
+            code="source-lost",
+            message=f"{state.source} lost its copy of {state.vm.name} in the switchover and cannot prove that the one "
+            f"on {state.target} is the newest; the VM is stopped on {state.source}, with all its acknowledged writes",
+            todo=f"start it on {state.source}",
+            host=state.source,
+        )
+        return refuse(state, error)
+    state = update(state, granted_epoch=message.epoch, granted_ms=fact.at_ms)
+    after, more = _run_when_granted(update(state, granted_sent=message.sent, mirrors_ended=True))
     return after, [*effects, *more]
 
 
@@ -156,7 +167,11 @@ def _run_when_granted(state: TargetState) -> Result:
     if state.granted_epoch is None or not (state.transferred and state.unexported):
         return state, []
     hold, effects = handover.run_at_target(
-        state.hold, state.vm.id, granted_epoch=state.granted_epoch, loaded=state.transferred
+        state.hold,
+        state.vm.id,
+        granted_epoch=state.granted_epoch,
+        loaded=state.transferred,
+        newest=state.granted_sent or state.held,
     )
     after = update(state, hold=hold, step=TargetStep.STARTING, outcome=Outcome.RUNNING, failure=None)
     return after, [*effects, SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s)]
@@ -219,7 +234,9 @@ def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s)
     if isinstance(fact, facts.Failed):
         return state, [timer, NeedOperator(error=error)]
-    hold, again = handover.run_at_target(state.hold, state.vm.id, granted_epoch=state.hold.epoch, loaded=True)
+    hold, again = handover.run_at_target(
+        state.hold, state.vm.id, granted_epoch=state.hold.epoch, loaded=True, newest=True
+    )
     return update(state, hold=hold), [*again, timer, NeedOperator(error=error)]
 
 

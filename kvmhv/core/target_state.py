@@ -46,6 +46,9 @@ class TargetState(Struct, frozen=True, kw_only=True):
     undo_tries: int = 0
     address: IncomingAddress | None = None
     mirrors_ended: bool = False
+    held: bool = False
+    """The source's guest was stopped by its agent: what is loaded here cannot have been overtaken there."""
+    granted_sent: bool = True
     unexported: bool = False
     transferred: bool = False
     granted_epoch: int | None = None
