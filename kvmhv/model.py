@@ -51,6 +51,8 @@ class Layer(Struct, frozen=True, kw_only=True):
     location: str
     path: str
     format: DiskFormat
+    size_bytes: Bytes = 0
+    """Its virtual size where that may differ from the disk's (a backing layer's); 0: the disk's."""
 
 
 class Disk(Struct, frozen=True, kw_only=True):

@@ -75,7 +75,7 @@ class VmDisks:
         return tuple(made)
 
     async def make_empty(self, vm: Vm, names: Collection[str] | None) -> None:
-        """Make every layer of these disks (None: of all) of a VM that will arrive: empty, of the disk's exact size.
+        """Make every layer of these disks (None: of all) of a VM that will arrive: empty, of its exact size.
 
         All or nothing, and only once. Raises what Disks.create raises, above all HostError `file-exists`.
         """
@@ -88,7 +88,8 @@ class VmDisks:
             for disk in _named(vm, names):
                 backing: Layer | None = None
                 for layer in reversed(disk.layers):
-                    await self._make(vm.id, layer, partial(self._disks.create, layer, disk.size_bytes, backing))
+                    size_bytes = layer.size_bytes or disk.size_bytes
+                    await self._make(vm.id, layer, partial(self._disks.create, layer, size_bytes, backing))
                     backing = layer
         except BaseException:
             await self.undo(vm.id)
@@ -198,11 +199,11 @@ class VmDisks:
             inside = None if copied else self._disks.layer_of(image.file, image.format)
             if inside is not None:
                 self._refuse_shared(inside, written=depth + index == 0)
-                placed.append(inside)
+                placed.append(msgspec.structs.replace(inside, size_bytes=image.size_bytes))
                 continue
             copied = True
             path = layer_path(vm_name, name, depth + index, image.format)
-            layer = Layer(location=location, path=path, format=image.format)
+            layer = Layer(location=location, path=path, format=image.format, size_bytes=image.size_bytes)
             below = placed[-1] if placed else None
             await self._make(vm_id, layer, partial(self._disks.copy_file, image, layer, below))
             placed.append(layer)

@@ -70,7 +70,8 @@ def _target_layers(vm: Vm, disk: Disk, storage: str | None) -> tuple[Layer, ...]
     for depth, layer in enumerate(disk.layers):
         name = disk.name if depth == 0 else f"{disk.name}.base{depth}"
         path = f"{vm.name}/{name}.{layer.format.value}"
-        layers.append(Layer(location=storage or disk.layers[0].location, path=path, format=layer.format))
+        where = storage or disk.layers[0].location
+        layers.append(msgspec.structs.replace(layer, location=where, path=path))
     return tuple(layers)
 
 
