@@ -5,7 +5,7 @@ method raises KvmhvError subclasses only (HostError unless said otherwise), ends
 repeated: doing it twice leaves what doing it once leaves.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -274,6 +274,26 @@ class Network(Protocol):
 
     async def addresses(self) -> tuple[tuple[str, int], ...]:
         """(ip, prefix length) of every address of the host, loopback left out."""
+        ...
+
+
+class FrameWatch(Protocol):
+    """A look at the taps of one VM. What comes from its opening on is kept, so nothing is lost before somebody waits."""
+
+    async def first_ms(self, timeout_s: float) -> float | None:
+        """Return when the guest's first frame came, on the host's monotonic clock; None if none came in time."""
+        ...
+
+    async def close(self) -> None:
+        """End it; may be repeated."""
+        ...
+
+
+class Frames(Protocol):
+    """The frames that guests send. Implemented by drivers/frames."""
+
+    async def watch(self, taps: Mapping[str, str]) -> FrameWatch:
+        """Begin to look at taps (name -> the guest's MAC on it). Raises HostError; then nothing is open."""
         ...
 
 
