@@ -1,0 +1,44 @@
+"""The handover explored: every interleaving of messages, effects and faults within bounds; mutants that it must find."""
+
+import pytest
+
+from tests.explore.explorer import Bounds, Explorer, Found
+from tests.explore.mutants import MUTANTS, planted
+
+BOUNDS = (
+    Bounds(faults=1, slow=0, disks=1),
+    Bounds(faults=2, slow=0, disks=0, kinds=frozenset({"kill", "host"})),
+    Bounds(faults=3, slow=0, disks=0, kinds=frozenset({"cut", "host"})),
+    Bounds(faults=1, slow=1, disks=0, kinds=frozenset({"cut"})),
+    Bounds(faults=1, slow=0, disks=0, moves=2, kinds=frozenset({"kill", "cut", "dup"})),
+)
+HUNTS = (
+    Bounds(faults=1, slow=0, disks=0),
+    Bounds(faults=1, slow=0, disks=1),
+    Bounds(faults=2, slow=0, disks=0, kinds=frozenset({"qemu", "host"})),
+    Bounds(faults=0, slow=1, disks=0),
+)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=Bounds.__str__)
+def test_every_interleaving_is_safe_and_ends(bounds: Bounds) -> None:
+    explorer = Explorer(bounds)
+    assert explorer.explore() > 10_000
+    assert explorer.ends["done"]
+    assert explorer.ends["failed"]
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_the_exploration_finds(name: str) -> None:
+    assert hunt(name) is not None, f"nobody noticed: {name}"
+
+
+def hunt(name: str) -> str | None:
+    """Return the shortest trace of a planted mistake."""
+    with planted(name):
+        for bounds in HUNTS:
+            try:
+                Explorer(bounds).explore()
+            except Found as trace:
+                return str(trace)
+    return None
