@@ -32,6 +32,7 @@ PACKAGES = (
     "iproute2",  # bridges and taps; ss
     "iputils-ping",  # the client watches guests from outside
     "procps",  # ps, for whoever looks around
+    "mount",  # shares as directories
     "python3",  # PID 1 and the agent
     "python3-venv",  # makes the agent's environment
 )
