@@ -3,33 +3,39 @@
 import asyncio
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import argv, blocks, keys, memory, probe, process, rundir
+from kvmhv.drivers.qemu import argv, blocks, dirty_rate, keys, memory, probe, process, rundir
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
 from kvmhv.drivers.qemu.instance import Instance, marks
-from kvmhv.drivers.qemu.qmp import QmpLost, QmpRefused
+from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError
 from kvmhv.model import IncomingAddress, Plan, QemuInfo, Vm, VmFacts
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
 GONE = "gone"
-DIRTY_RATE_MS = 200
-DIRTY_RATE_SAMPLE_PAGES = 4096
-DIRTY_RATE_IN_MS_SINCE = (8, 2, 0)
 
 
 class Qemu:
     """QEMU processes of this host. One agent uses a run_dir at a time; QEMU outlives it and is found again."""
 
-    def __init__(self, config: Config, clock: Clock) -> None:
-        """Remember where things are; nothing is started. Raises HostError `run-dir-long`."""
+    def __init__(
+        self, config: Config, clock: Clock, on_answer: Callable[[float], None] = lambda seconds: None
+    ) -> None:
+        """Remember where things are; nothing is started. Raises HostError `run-dir-long`.
+
+        `on_answer` hears how long each QMP command took.
+        """
         rundir.check_run_path(config.run_path)
         self._config = config
         self._clock = clock
+        self._on_answer = on_answer
         self._instances: dict[str, Instance] = {}
         self._sinks: list[EventSink] = []
         self._adopting: asyncio.Task[None] | None = None
@@ -127,7 +133,7 @@ class Qemu:
             memory_used_bytes=await asyncio.to_thread(
                 process.guest_memory_bytes, instance.process.pid, vm.memory_bytes
             ),
-            dirty_bytes_per_s=await self._dirty_rate(instance) if status["running"] else 0.0,
+            dirty_bytes_per_s=await dirty_rate.short(qmp) if status["running"] else 0.0,
             blockers=tuple(migration.get("blocked-reasons", ())),
             disk_used_bytes={
                 disk.name: sum(used.get(layer_node(disk.name, index), 0) for index in range(len(disk.layers)))
@@ -190,14 +196,20 @@ class Qemu:
             await keys.add(instance.qmp, instance.directory, "client", psk_hex)
         instance.remember_peer(plan.target_address, address)
         await memory.begin(instance.qmp, plan, address.memory_port, instance.cut)
+        await instance.dirty_sample.begin(instance.qmp)
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
         """Return query-migrate; status `lost` when QMP does not answer in time."""
-        return await memory.stats((await self._instance(vm_id)).qmp)
+        instance = await self._instance(vm_id)
+        stats = await memory.stats(instance.qmp)
+        sampled = await instance.dirty_sample.read(instance.qmp)
+        return msgspec.structs.replace(stats, sampled_dirty_bytes_per_s=sampled)
 
     async def stop_guest(self, vm_id: str) -> None:
         """Lift the bandwidth cap, then `stop`."""
-        await memory.stop((await self._instance(vm_id)).qmp)
+        instance = await self._instance(vm_id)
+        instance.dirty_sample.end()
+        await memory.stop(instance.qmp)
 
     async def continue_switchover(self, vm_id: str) -> None:
         """`migrate-continue` out of pre-switchover."""
@@ -264,6 +276,7 @@ class Qemu:
             now_ms=self._clock.monotonic_ms,
             emit=self._emit,
             timeout_s=self._config.limits.qmp_timeout_s,
+            on_answer=self._on_answer,
         )
         self._instances[directory.vm_id] = instance
         return instance
@@ -335,25 +348,6 @@ class Qemu:
         blocks.remember_sealing(directory, sealed)
         disk_port = await blocks.export(qmp, ip, ports, nodes) if nodes else None
         return IncomingAddress(memory_port=await memory.listen(qmp, ip, ports), disk_port=disk_port)
-
-    async def _dirty_rate(self, instance: Instance) -> float | None:
-        """Sample pages for a moment; None when QEMU cannot tell."""
-        qmp = instance.qmp
-        fine = qmp.version >= DIRTY_RATE_IN_MS_SINCE
-        arguments: dict[str, object] = {"calc-time": 1, "sample-pages": DIRTY_RATE_SAMPLE_PAGES}
-        if fine:
-            arguments |= {"calc-time": DIRTY_RATE_MS, "calc-time-unit": "millisecond"}
-        wait_s = DIRTY_RATE_MS / 1000 if fine else 1.0
-        try:
-            await qmp.execute("calc-dirty-rate", arguments)
-            for _ in range(20):
-                await asyncio.sleep(wait_s / 4)
-                answer = await qmp.execute("query-dirty-rate")
-                if answer["status"] == "measured":
-                    return float(answer["dirty-rate"]) * 1024 * 1024
-        except QmpRefused:
-            pass
-        return None
 
 
 def _has_direct(path: Path) -> bool:

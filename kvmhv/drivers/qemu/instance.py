@@ -11,6 +11,7 @@ import msgspec
 
 from kvmhv.drivers.qemu import blocks, keys
 from kvmhv.drivers.qemu.argv import qmp_chardev
+from kvmhv.drivers.qemu.dirty_rate import FineSample
 from kvmhv.drivers.qemu.process import Process
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLog, QmpLost, QmpRefused
 from kvmhv.drivers.qemu.rundir import VmDir
@@ -44,11 +45,13 @@ class Instance:
         now_ms: Callable[[], float],
         emit: Callable[[QemuEvent], None],
         timeout_s: float,
+        on_answer: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Take a live process with these arguments over and begin to watch it."""
         self.directory = directory
         self.process = found
         self.mirrors = blocks.Mirrors()
+        self.dirty_sample = FineSample()
         self.name = _argument(argv, "-name").removeprefix("guest=").split(",")[0] or directory.vm_id
         self.accel = Accel.KVM if f"accel={Accel.KVM}" in _argument(argv, "-machine") else Accel.TCG
         self._now_ms = now_ms
@@ -63,6 +66,7 @@ class Instance:
             deliver=self._deliver,
             tail=directory.log_tail,
             timeout_s=timeout_s,
+            on_answer=on_answer,
         )
         self._settling: asyncio.Task[None] | None = None
         self._watch = asyncio.create_task(self._watch_process(), name=f"watch {self.name}")

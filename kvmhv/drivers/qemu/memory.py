@@ -17,6 +17,9 @@ from kvmhv.ports import MemoryStats
 ALWAYS = ("events", "return-path", "pause-before-switchover")
 UNLIMITED_BYTES_PER_S = 1 << 40
 DOWNTIME_LIMIT_MS = 1
+MEASURING_BYTES_PER_S = 16 * 1024
+"""Until QEMU has measured its first 100 ms; see `begin`."""
+MEASURED_S = 3.0
 STATS_TIMEOUT_S = 3.0
 CANCEL_TIMEOUT_S = 1.0
 YANK_TIMEOUT_S = 2.0
@@ -71,12 +74,16 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None]) -> Non
 
     While QEMU shakes hands its main loop and the guest stand still, so this is watched: if the target says nothing for
     HANDSHAKE_S, `cut` cuts the connections and the migration has failed.
+
+    Until QEMU has measured its throughput for the first time, 100 ms after the start, it takes "nothing remains of this
+    pass" for "nothing remains" and switches over, whatever the guest has dirtied meanwhile. A small guest on a fast
+    network is sent in less, so the first pass is held back until then.
     """
     await set_capabilities(qmp, plan)
     await qmp.execute(
         "migrate-set-parameters",
         {
-            "max-bandwidth": plan.rule.bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S,
+            "max-bandwidth": MEASURING_BYTES_PER_S,
             "downtime-limit": DOWNTIME_LIMIT_MS,
             "tls-creds": TLS_OBJECT,
             "tls-hostname": "",
@@ -89,9 +96,16 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None]) -> Non
             cut()
             raise HostError("migrate-failed", "the target does not answer the handshake", "see whether its host hangs")
         if status != "setup":
-            return
+            break
         # It may stay in setup for other reasons (storage that hangs); QMP answers, so the guest runs.
         await asyncio.sleep(POLL_S)
+    for _ in range(int(MEASURED_S / POLL_S)):
+        now = await stats(qmp)
+        if now.throughput_bytes_per_s > 0 or now.status not in ("setup", "active"):
+            break
+        await asyncio.sleep(POLL_S)
+    limit = plan.rule.bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S
+    await qmp.execute("migrate-set-parameters", {"max-bandwidth": limit})
 
 
 async def stop(qmp: Qmp) -> None:

@@ -79,8 +79,12 @@ class Qmp:
         deliver: Callable[[Event, float], None],
         tail: Callable[[], str],
         timeout_s: float,
+        on_answer: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """Begin to connect. `deliver` gets every event with its arrival time; `tail` is QEMU's last words."""
+        """Begin to connect. `deliver` gets every event with its arrival time; `tail` is QEMU's last words.
+
+        `on_answer` hears how long QEMU took for each command that it answered.
+        """
         self.version: tuple[int, int, int] = (0, 0, 0)
         self._vm_name = vm_name
         self._process = process
@@ -90,6 +94,7 @@ class Qmp:
         self._deliver = deliver
         self._tail = tail
         self._timeout_s = timeout_s
+        self._on_answer = on_answer
         self._client: QMPClient | None = None
         self._connected = asyncio.Event()
         self._waiters: list[tuple[Callable[[Event], bool], Caught]] = []
@@ -112,6 +117,7 @@ class Qmp:
         try:
             async with asyncio.timeout(limit_s):
                 client = await self._connection()
+                begun_ms = self._now_ms()
                 answer = await client.execute(command, arguments or {}, oob=oob)
         except TimeoutError:
             raise self._lost(command, f"no answer in {limit_s:g} s") from None
@@ -122,6 +128,7 @@ class Qmp:
         except (QMPError, OSError, EOFError) as error:
             await self._process.wait_gone(DYING_S)
             raise self._lost(command, f"connection lost: {error}") from error
+        self._on_answer((self._now_ms() - begun_ms) / 1000)
         self._log.write("<", {"return": answer, "of": command})
         return answer
 
