@@ -132,6 +132,25 @@ class Location(Struct, frozen=True, kw_only=True):
     free_bytes: Bytes = 0
     total_bytes: Bytes = 0
     shared_id: str | None = None
+    """Set where other hosts may see the same storage: a hint of which (server and share). Only a proof says that."""
+    access: Access = Access.DIRECTORY
+    unsafe: tuple[str, ...] = ()
+    """What about the mount's settings makes a move of a VM that stays on it unsafe."""
+    silent: bool = False
+    """It did not answer in time when it was last asked."""
+
+
+class LocationReport(Struct, frozen=True, kw_only=True):
+    """A location as `kvmhv storage list` and `show` have it."""
+
+    spec: LocationSpec
+    location: Location
+    configured: bool
+    """It stands in agent.toml, not in the database."""
+    has_secret: bool
+    vms: tuple[str, ...]
+    """VMs of this host with disks on it."""
+    problems: tuple["Problem", ...] = ()
 
 
 class QemuInfo(Struct, frozen=True, kw_only=True):
@@ -403,8 +422,26 @@ class Asked(Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """For logs."""
-        text = f"{self.authentication} {self.who}" + (f" at {self.address}" if self.address else "")
-        return f"{text} via {self.via}" if self.via else text
+        known = f"{self.who} via host {self.via}" if self.via else f"{self.authentication} {self.who}"
+        return known + (f" at {self.address}" if self.address else "")
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """Something that happened on a host and is kept: a line of `kvmhv events`."""
+
+    number: int
+    """Counts this host's events; has no gaps while they are kept."""
+    at: float
+    """UNIX time, for people."""
+    host: str
+    kind: str
+    """What happened, e.g. `move-asked`, `blackout`; the manual explains each."""
+    text: str
+    hyperv: int | None = None
+    """Hyper-V's event number, where it has one for this."""
+    move: str | None = None
+    vm: str | None = None
+    asked: Asked | None = None
 
 
 class HostVersions(Struct, frozen=True, kw_only=True):

@@ -61,6 +61,8 @@ class MemoryStats(Struct, frozen=True, kw_only=True):
     throughput_bytes_per_s: float = 0.0
     dirty_sync_count: int = 0
     error: str = ""
+    sampled_dirty_bytes_per_s: float | None = None
+    """By a sample of pages that was taken beside the first pass; None until there is one."""
 
 
 class MirrorStats(Struct, frozen=True, kw_only=True):

@@ -1,5 +1,7 @@
 """Metrics: what is counted at a move's end, and what is shown only while it runs."""
 
+import time
+
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -7,6 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvmhv.agent.metrics import Metrics, Snapshot
 from kvmhv.errors import Refused
 from kvmhv.model import (
+    Estimate,
+    Finding,
     HostSettings,
     Mode,
     MoveReport,
@@ -14,6 +18,7 @@ from kvmhv.model import (
     Pass,
     Phase,
     PhaseTime,
+    Severity,
     Switchover,
     VmState,
     VmSummary,
@@ -97,14 +102,91 @@ def test_a_running_move_shows_and_leaves_nothing() -> None:
     seen = samples(metrics, RUNNING, msgspec.structs.replace(RUNNING, vm="web02", direction="in"))
     assert seen["kvmhv_migration_phase direction=out phase=memory vm=web01"] == 1
     assert seen["kvmhv_migration_phase direction=out phase=state vm=web01"] == 0
-    assert seen["kvmhv_migration_pass direction=out vm=web01"] == 1
+    assert seen["kvmhv_migration_pass direction=out vm=web01"] == 2
     assert seen["kvmhv_migration_remaining_bytes direction=in vm=web02"] == 4096
     assert seen["kvmhv_migration_progress_ratio direction=out vm=web01"] == 0.5
-    assert seen["kvmhv_migrations_running direction=out"] == seen["kvmhv_migrations_running direction=in"] == 1
-    assert (seen["kvmhv_migrations_limit direction=out"], seen["kvmhv_migrations_limit direction=in"]) == (3, 2)
-    after = samples(metrics, DONE)
+    assert seen["kvmhv_migration_slots_in_use direction=out"] == seen["kvmhv_migration_slots_in_use direction=in"] == 1
+    assert (seen["kvmhv_migration_slots_free direction=out"], seen["kvmhv_migration_slots_free direction=in"]) == (2, 1)
+    after = samples(metrics)
     assert not any("vm=" in name for name in after)
-    assert after["kvmhv_migrations_running direction=out"] == 0
+    assert after["kvmhv_migration_slots_in_use direction=out"] == 0
+
+
+def test_a_running_move_s_rates_and_estimate() -> None:
+    estimate = Estimate(
+        seconds_low=1, seconds_likely=2, seconds_high=4, passes=10, switchover="pass-limit", blackout_ms=1500
+    )
+    move = msgspec.structs.replace(
+        RUNNING, estimate=estimate, throughput_bytes_per_s=5e7, dirty_bytes=4000, dirty_bytes_per_s=2e7
+    )
+    seen = samples(Metrics("1", "host1"), move)
+    bounds = [
+        seen[f"kvmhv_migration_estimated_seconds_left bound={bound} direction=out vm=web01"]
+        for bound in ("low", "likely", "high")
+    ]
+    assert bounds == [1, 2, 4]
+    assert seen["kvmhv_migration_expected_blackout_seconds direction=out vm=web01"] == 1.5
+    assert seen["kvmhv_migration_throughput_bytes_per_second direction=out vm=web01"] == 5e7
+    assert seen["kvmhv_migration_dirty_bytes_per_second direction=out vm=web01"] == 2e7
+    assert seen["kvmhv_migration_dirty_bytes direction=out vm=web01"] == 4000
+    assert "kvmhv_migration_expected_blackout_seconds direction=out vm=web01" not in samples(
+        Metrics("1", "host1"), RUNNING
+    )
+
+
+def test_a_move_that_needs_the_operator_keeps_its_slot_and_says_so() -> None:
+    seen = samples(Metrics("1", "host1"), msgspec.structs.replace(RUNNING, outcome=Outcome.NEEDS_OPERATOR))
+    assert seen["kvmhv_migration_needs_operator direction=out vm=web01"] == 1
+    assert seen["kvmhv_migration_slots_in_use direction=out"] == 1
+
+
+def test_figures_are_counted_by_the_source_and_the_gap_by_the_target() -> None:
+    finding = Finding(id="switch-missing", severity=Severity.WARNING, object="nic0", host="h", text="t", todo="d")
+    report = msgspec.structs.replace(DONE, disk_bytes=7, findings=(finding,), network_gap_ms=250.0)
+    source, target = Metrics("1", "host1"), Metrics("1", "host2")
+    source.observe_move(report)
+    target.observe_move(msgspec.structs.replace(report, direction="in"))
+    out, into = samples(source), samples(target)
+    assert out["kvmhv_migration_bytes_total kind=memory"] == 9
+    assert out["kvmhv_migration_bytes_total kind=disk"] == 7
+    assert out["kvmhv_migration_switchovers_total reason=pass-limit"] == 1
+    assert out["kvmhv_migration_findings_total id=switch-missing"] == 1
+    assert out["kvmhv_migration_network_gap_seconds_count"] == 0
+    assert into["kvmhv_migration_network_gap_seconds_sum"] == 0.25
+    assert into["kvmhv_migration_bytes_total kind=memory"] == 0
+    assert into["kvmhv_migrations_total direction=in mode=shared-nothing outcome=done reason=none"] == 1
+    assert into["kvmhv_migration_blackout_seconds_count"] == 0
+
+
+def test_the_agent_s_own_health() -> None:
+    metrics = Metrics("1", "h")
+    metrics.qmp_answered(0.002)
+    metrics.journal_written(True, 0.003)
+    metrics.journal_written(False, 0.00005)
+    seen = samples(metrics)
+    assert seen["kvmhv_qmp_command_seconds_bucket le=0.0025"] == 1
+    assert seen["kvmhv_journal_write_seconds_sum durable=true"] == 0.003
+    assert seen["kvmhv_journal_write_seconds_bucket durable=false le=0.0001"] == 1
+
+
+def test_a_scrape_of_200_vms_is_cheap_and_has_no_series_for_each() -> None:
+    vms = tuple(
+        VmSummary(name=f"vm{number}", id=str(number), state=VmState.RUNNING, host="h", memory_bytes=1, cpus=1)
+        for number in range(200)
+    )
+    moves = tuple(msgspec.structs.replace(RUNNING, vm=f"vm{number}") for number in range(20))
+    metrics = Metrics("1", "h")
+    metrics.observe_move(DONE)
+    snapshot = Snapshot(vms=vms, moves=moves, settings=HostSettings(moves_out=100))
+    times_s = []
+    for _ in range(5):
+        begun = time.process_time()
+        text = metrics.render(snapshot).decode()
+        times_s.append(time.process_time() - begun)
+    assert min(times_s) < 0.05
+    still = metrics.render(Snapshot(vms=vms, moves=(), settings=HostSettings())).decode()
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) < 600
+    assert "vm1" not in still
 
 
 def test_vms_by_state() -> None:

@@ -11,13 +11,17 @@ from kvmhv.agent.api.host_view import HostView
 from kvmhv.agent.api.listener import Listener
 from kvmhv.agent.api.services import Services
 from kvmhv.agent.api.trusting import Trusting
+from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.doctor import Doctor
+from kvmhv.agent.events import Events
 from kvmhv.agent.images import Images
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.moves import Moves
 from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.settings import Settings
+from kvmhv.agent.timed_journal import TimedJournal
+from kvmhv.agent.vm_states import VmStates
 from kvmhv.agent.vms import Vms
 from kvmhv.config import Config
 from kvmhv.drivers.auth import certificate
@@ -25,6 +29,7 @@ from kvmhv.drivers.auth.invitations import Invitations
 from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.drivers.auth.trust import Trust
 from kvmhv.drivers.database import Database
+from kvmhv.drivers.frames import PacketFrames
 from kvmhv.drivers.host import HostClock
 from kvmhv.drivers.network import LinuxNetwork
 from kvmhv.drivers.peer import Peer
@@ -51,7 +56,9 @@ class Agent:
         self._metrics = metrics = Metrics(kvmhv.__version__, config.name)
         trusting = _trusting(config, database, clock)
         peer, trust = trusting.peer, trusting.trust
-        self._qemu = qemu = Qemu(config, clock)
+        log_of_events = Events(database, clock, config.name)
+        journal = TimedJournal(database, metrics.journal_written)
+        self._qemu = qemu = Qemu(config, clock, metrics.qmp_answered)
         disks = Directories(config)
         network = LinuxNetwork(config)
         images = Images(config, database, disks)
@@ -61,9 +68,10 @@ class Agent:
             vms=vms,
             hypervisor=qemu,
             peer=peer,
-            journal=database,
+            journal=journal,
             clock=clock,
-            on_end=metrics.observe_move,
+            frames=PacketFrames(clock),
+            chronicle=Chronicle(metrics, log_of_events),
         )
         moves = Moves(
             config=config,
@@ -71,11 +79,13 @@ class Agent:
             vms=vms,
             hypervisor=qemu,
             peer=peer,
-            journal=database,
+            journal=journal,
             clock=clock,
             inventories=Inventories(config, host_id, settings, vms, qemu, disks, network),
             open_moves=open_moves,
+            log_of_events=log_of_events,
         )
+        self._vm_states = VmStates(config.name, vms, qemu, open_moves.moving)
         view = HostView(
             config=config,
             host_id=host_id,
@@ -95,6 +105,8 @@ class Agent:
             metrics=metrics,
             vms=vms,
             images=images,
+            vm_states=self._vm_states,
+            events=log_of_events,
             moves=moves,
             running_moves=open_moves.reports,
             doctor=Doctor(config=config, settings=settings, trust=trust, hypervisor=qemu, disks=disks, network=network),
@@ -106,7 +118,8 @@ class Agent:
         await self._open_moves.recover()
         await self._vms.recover()
         await self._listener.start()
-        self._tasks = [asyncio.create_task(self._metrics.watch_loop_lag()), asyncio.create_task(self._probe())]
+        work = (self._metrics.watch_loop_lag(), self._vm_states.watch(), self._probe())
+        self._tasks = [asyncio.create_task(one) for one in work]
         log.info("agent ready", host=self._config.name, listen=self._config.listen, version=kvmhv.__version__)
 
     async def stop(self) -> None:

@@ -1,7 +1,10 @@
 """Prometheus metrics of the agent, in a registry of their own.
 
 What only grows is counted when it happens (`observe_move`, once for each move at its end); what is true at this moment
-(states of VMs, the moves that run) is read at the scrape from a snapshot, so that nothing can be left standing.
+(states of VMs, the moves that are open) is read at the scrape from a snapshot, so that nothing can be left standing.
+
+A move is counted by both hosts (`direction`), its figures by its source alone, and its network gap by its target, which
+is the one that sees it: a sum over all hosts has each figure once.
 """
 
 import asyncio
@@ -18,7 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BLACKOUT_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 PHASE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0, 7200.0, 28800.0)
 PASS_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
-LAG_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+LATENCY_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 LAG_PROBE_S = 1.0
 
 
@@ -27,6 +30,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
 
     vms: tuple[VmSummary, ...]
     moves: tuple[MoveReport, ...]
+    """The moves that are open."""
     settings: HostSettings
 
 
@@ -34,68 +38,48 @@ class Metrics:
     """The agent's metrics."""
 
     def __init__(self, version: str, host: str) -> None:
-        self._registry = CollectorRegistry()
+        self._registry = registry = CollectorRegistry()
         self._present = _Present()
-        self._registry.register(self._present)
-        ProcessCollector(registry=self._registry)
-        Info("kvmhv_build", "Version of the agent, and its host.", registry=self._registry).info(
+        registry.register(self._present)
+        ProcessCollector(registry=registry)
+        Info("kvmhv_build", "Version of the agent, and its host.", registry=registry).info(
             {"version": version, "host": host}
         )
-        self._migrations = Counter(
-            "kvmhv_migrations_total",
-            "Moves that ended.",
-            ("direction", "mode", "outcome", "reason"),
-            registry=self._registry,
-        )
-        self._phase_s = Histogram(
-            "kvmhv_migration_phase_seconds",
-            "Time of each phase of the moves that ended well.",
-            ("phase", "mode"),
-            buckets=PHASE_BUCKETS_S,
-            registry=self._registry,
-        )
-        self._blackout_s = Histogram(
-            "kvmhv_migration_blackout_seconds",
-            "Time in which the VM ran nowhere.",
-            buckets=BLACKOUT_BUCKETS_S,
-            registry=self._registry,
-        )
-        self._passes = Histogram(
-            "kvmhv_migration_passes",
-            "Complete passes of pre-copy before the guest was stopped.",
-            buckets=PASS_BUCKETS,
-            registry=self._registry,
-        )
+        self._figures = _Figures(registry)
         self._peer_refused = Counter(
             "kvmhv_peer_refused",
             "Connections that were refused before their first request, by cause.",
             ("cause",),
-            registry=self._registry,
+            registry=registry,
         )
-        self._lag_s = Histogram(
-            "kvmhv_event_loop_lag_seconds",
-            "How late the agent's event loop came to a timer.",
-            buckets=LAG_BUCKETS_S,
-            registry=self._registry,
+        self._lag_s = _latency(registry, "event_loop_lag", "How late the agent's event loop came to a timer.")
+        self._qmp_s = _latency(registry, "qmp_command", "How long QEMU took to answer a QMP command.")
+        self._journal_s = _latency(
+            registry, "journal_write", "How long a move waited for its journal: on disk, or on tmpfs.", ("durable",)
         )
 
     def observe_move(self, report: MoveReport) -> None:
         """Count a move at its end: called once for each move on each side."""
-        mode = report.mode.value if report.mode is not None else "none"
-        reason = report.error.code if report.error is not None else "none"
-        self._migrations.labels(report.direction, mode, report.outcome.value, reason).inc()
-        if report.outcome is not Outcome.DONE:
-            return
-        for phase in report.phases:
-            self._phase_s.labels(phase.phase.value, mode).observe(phase.seconds)
-        if report.blackout_ms is not None:
-            self._blackout_s.observe(report.blackout_ms / 1000)
-        if report.switchover is not None:
-            self._passes.observe(report.switchover.pass_number)
+        self._figures.count(report)
+        if report.direction == "in":
+            self.observe_network_gap(report)
+
+    def observe_network_gap(self, report: MoveReport) -> None:
+        """Count a network gap: on the target, once, at the move's end or when it is known."""
+        if report.network_gap_ms is not None:
+            self._figures.network_gap_s.observe(report.network_gap_ms / 1000)
 
     def peer_refused(self, cause: str) -> None:
         """Count a refused connection; `cause` is one of a few fixed words."""
         self._peer_refused.labels(cause).inc()
+
+    def qmp_answered(self, seconds: float) -> None:
+        """Note how long a QMP command took."""
+        self._qmp_s.observe(seconds)
+
+    def journal_written(self, durable: bool, seconds: float) -> None:
+        """Note how long a journal entry took."""
+        self._journal_s.labels("true" if durable else "false").observe(seconds)
 
     def render(self, snapshot: Snapshot) -> bytes:
         """Return everything in Prometheus' text format (`CONTENT_TYPE`)."""
@@ -111,6 +95,59 @@ class Metrics:
             self._lag_s.observe(max(0.0, loop.time() - due))
 
 
+def _latency(registry: CollectorRegistry, name: str, doc: str, labels: tuple[str, ...] = ()) -> Histogram:
+    return Histogram(f"kvmhv_{name}_seconds", doc, labels, buckets=LATENCY_BUCKETS_S, registry=registry)
+
+
+class _Figures:
+    """What the moves that ended took."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, doc: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+            return Histogram(f"kvmhv_migration_{name}", doc, labels, buckets=buckets, registry=registry)
+
+        def counter(name: str, doc: str, *labels: str) -> Counter:
+            return Counter(f"kvmhv_migration{name}", doc, labels, registry=registry)
+
+        self._phase_s = histogram(
+            "phase_seconds", "Time of each phase of the moves that ended well.", PHASE_BUCKETS_S, ("phase", "mode")
+        )
+        self._blackout_s = histogram("blackout_seconds", "Time in which the VM ran nowhere.", BLACKOUT_BUCKETS_S)
+        self.network_gap_s = histogram(
+            "network_gap_seconds",
+            "From the VM's stop to its first frame that the target's switch saw (counted by the target).",
+            BLACKOUT_BUCKETS_S,
+        )
+        self._passes = histogram("passes", "Complete passes of pre-copy before the guest was stopped.", PASS_BUCKETS)
+        self._migrations = counter("s", "Moves that ended.", "direction", "mode", "outcome", "reason")
+        self._bytes = counter("_bytes", "Bytes that moves sent, however they ended.", "kind")
+        self._switchovers = counter("_switchovers", "Why guests were stopped: threshold or pass-limit.", "reason")
+        self._findings = counter("_findings", "Findings of the checks of moves.", "id")
+        for kind in ("memory", "disk"):
+            self._bytes.labels(kind)
+
+    def count(self, report: MoveReport) -> None:
+        mode = report.mode.value if report.mode is not None else "none"
+        reason = report.error.code if report.error is not None else "none"
+        self._migrations.labels(report.direction, mode, report.outcome.value, reason).inc()
+        if report.direction != "out":
+            return
+        self._bytes.labels("memory").inc(report.memory_bytes)
+        self._bytes.labels("disk").inc(report.disk_bytes)
+        for finding in report.findings:
+            self._findings.labels(finding.id).inc()
+        if report.switchover is not None:
+            self._switchovers.labels(report.switchover.reason).inc()
+        if report.outcome is not Outcome.DONE:
+            return
+        for phase in report.phases:
+            self._phase_s.labels(phase.phase.value, mode).observe(phase.seconds)
+        if report.blackout_ms is not None:
+            self._blackout_s.observe(report.blackout_ms / 1000)
+        if report.switchover is not None:
+            self._passes.observe(report.switchover.pass_number)
+
+
 class _Present(Collector):
     """Gauges of this moment, made from the newest snapshot."""
 
@@ -118,44 +155,82 @@ class _Present(Collector):
         self.snapshot = Snapshot(vms=(), moves=(), settings=HostSettings())
 
     def collect(self) -> Iterator[Metric]:
-        running = [move for move in self.snapshot.moves if move.outcome is Outcome.RUNNING]
+        moves = self.snapshot.moves
         yield self._vms()
-        yield from self._slots(running)
-        yield from _live(running)
+        yield from self._slots()
+        yield from _live(moves)
+        yield from _estimates(moves)
 
     def _vms(self) -> Metric:
         family = GaugeMetricFamily("kvmhv_vms", "VMs of this host by state.", labels=("state",))
-        for state in VmState:
-            family.add_metric((state.value,), sum(vm.state is state for vm in self.snapshot.vms))
+        counts = dict.fromkeys(VmState, 0)
+        for vm in self.snapshot.vms:
+            counts[vm.state] += 1
+        for state, count in counts.items():
+            family.add_metric((state.value,), count)
         return family
 
-    def _slots(self, running: list[MoveReport]) -> Iterator[Metric]:
-        settings = self.snapshot.settings
-        used = GaugeMetricFamily("kvmhv_migrations_running", "Moves that run now.", labels=("direction",))
-        limit = GaugeMetricFamily("kvmhv_migrations_limit", "Moves that may run at once.", labels=("direction",))
+    def _slots(self) -> Iterator[Metric]:
+        settings, moves = self.snapshot.settings, self.snapshot.moves
+        used = GaugeMetricFamily("kvmhv_migration_slots_in_use", "Moves that are open now.", labels=("direction",))
+        free = GaugeMetricFamily("kvmhv_migration_slots_free", "Moves that may yet begin.", labels=("direction",))
         for direction, most in (("out", settings.moves_out), ("in", settings.moves_in)):
-            used.add_metric((direction,), sum(move.direction == direction for move in running))
-            limit.add_metric((direction,), most)
+            count = sum(move.direction == direction for move in moves)
+            used.add_metric((direction,), count)
+            free.add_metric((direction,), max(0, most - count))
         yield used
-        yield limit
+        yield free
         yield GaugeMetricFamily(
             "kvmhv_migration_enabled", "1 if this host takes part in moves.", value=int(settings.enabled)
         )
 
 
-def _live(running: list[MoveReport]) -> Iterator[Metric]:
-    labels = ("vm", "direction")
-    phase = GaugeMetricFamily(
-        "kvmhv_migration_phase", "1 for the phase that the VM's move is in.", labels=(*labels, "phase")
-    )
-    number = GaugeMetricFamily("kvmhv_migration_pass", "Complete passes of the move so far.", labels=labels)
-    remaining = GaugeMetricFamily("kvmhv_migration_remaining_bytes", "Memory still to be sent.", labels=labels)
-    progress = GaugeMetricFamily("kvmhv_migration_progress_ratio", "0 to 1, never goes backward.", labels=labels)
-    for move in running:
-        key = (move.vm, move.direction)
+class _PerVm:
+    """One gauge of each VM that moves."""
+
+    def __init__(self, name: str, doc: str, *labels: str) -> None:
+        self.family = GaugeMetricFamily(f"kvmhv_migration_{name}", doc, labels=("vm", "direction", *labels))
+
+    def add(self, move: MoveReport, value: float, *labels: str) -> None:
+        self.family.add_metric((move.vm, move.direction, *labels), value)
+
+
+def _live(moves: tuple[MoveReport, ...]) -> Iterator[Metric]:
+    phase = _PerVm("phase", "1 for the phase that the VM's move is in.", "phase")
+    number = _PerVm("pass", "Number of the pass that runs, or of the last one.")
+    remaining = _PerVm("remaining_bytes", "Memory that the running pass has still to send.")
+    dirty = _PerVm("dirty_bytes", "Memory that was dirty when the running pass began.")
+    dirty_rate = _PerVm("dirty_bytes_per_second", "How fast the guest dirties memory, by the last complete pass.")
+    rate = _PerVm("throughput_bytes_per_second", "What travels now, disks or memory.")
+    progress = _PerVm("progress_ratio", "0 to 1, never goes backward.")
+    operator = _PerVm("needs_operator", "1 if the move waits for somebody to decide.")
+    for move in moves:
         for name in Phase:
-            phase.add_metric((*key, name.value), int(move.phase is name))
-        number.add_metric(key, move.passes[-1].number if move.passes else 0)
-        remaining.add_metric(key, move.remaining_bytes)
-        progress.add_metric(key, move.progress)
-    yield from (phase, number, remaining, progress)
+            phase.add(move, int(move.phase is name), name.value)
+        passes = len(move.passes)
+        number.add(move, passes + (move.phase is Phase.MEMORY and move.switchover is None))
+        remaining.add(move, move.remaining_bytes)
+        dirty.add(move, move.dirty_bytes)
+        dirty_rate.add(move, move.dirty_bytes_per_s)
+        rate.add(move, move.throughput_bytes_per_s)
+        progress.add(move, move.progress)
+        operator.add(move, int(move.outcome is Outcome.NEEDS_OPERATOR))
+    for one in (phase, number, remaining, dirty, dirty_rate, rate, progress, operator):
+        yield one.family
+
+
+def _estimates(moves: tuple[MoveReport, ...]) -> Iterator[Metric]:
+    left = _PerVm("estimated_seconds_left", "Time until the move's end, by a bound of its estimate.", "bound")
+    blackout = _PerVm("expected_blackout_seconds", "The blackout that the move will probably cost.")
+    for move in moves:
+        seen = move.estimate
+        if seen is not None:
+            for bound, seconds in (
+                ("low", seen.seconds_low),
+                ("likely", seen.seconds_likely),
+                ("high", seen.seconds_high),
+            ):
+                left.add(move, seconds, bound)
+            blackout.add(move, seen.blackout_ms / 1000)
+    yield left.family
+    yield blackout.family

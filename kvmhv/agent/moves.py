@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator
 import msgspec
 import structlog
 
+from kvmhv.agent import events
 from kvmhv.agent.api.services import CheckReport
 from kvmhv.agent.enquiry import enquire
+from kvmhv.agent.events import Events
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.link import HELLO_S, Link
 from kvmhv.agent.open_moves import OpenMoves
@@ -26,7 +28,7 @@ from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState, TargetStep
 from kvmhv.errors import CallerError, KvmhvError, PeerBroke, Refused
 from kvmhv.messages import Enquire, Offer
-from kvmhv.model import Finding, Inventory, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
+from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
 from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello, read_hello
 
@@ -51,6 +53,7 @@ class Moves:
         clock: Clock,
         inventories: Inventories,
         open_moves: OpenMoves,
+        log_of_events: Events,
     ) -> None:
         self._config = config
         self._settings = settings
@@ -61,10 +64,11 @@ class Moves:
         self._clock = clock
         self._inventories = inventories
         self._open = open_moves
+        self._events = log_of_events
 
     # --- for operators
 
-    async def check(self, request: MoveRequest, caller: str) -> CheckReport:
+    async def check(self, request: MoveRequest) -> CheckReport:
         """Check a move and plan it; changes nothing on either host."""
         vm = self._checked_vm(request)
         here = await self._inventory_of(vm)
@@ -80,12 +84,21 @@ class Moves:
         made = plan.make(vm, request, rule, self._config.timeouts, here, there, throughput)
         return CheckReport(findings=findings, plan=made)
 
-    async def start(self, request: MoveRequest, caller: str) -> MoveReport:
+    async def start(self, request: MoveRequest, asked: Asked) -> MoveReport:
         """Begin a move; returns when it is admitted here.
 
         Raises CallerError `vm-unknown`, `move-to-itself`, `host-unknown`, `passes-invalid`; Refused
-        `migration-disabled`, `limit-reached`, `vm-in-move`.
+        `migration-disabled`, `limit-reached`, `vm-in-move`. Who asked and what came of it is an event either way.
         """
+        try:
+            report = await self._start(request, asked)
+        except KvmhvError as error:
+            self._events.add(events.move_refused(request.vm, request.target, asked, error))
+            raise
+        self._events.add(events.move_asked(report, asked))
+        return report
+
+    async def _start(self, request: MoveRequest, asked: Asked) -> MoveReport:
         vm = self._checked_vm(request)
         rule = self._rule(request)
         refusal = self._admit_out(vm, request)
@@ -108,11 +121,12 @@ class Moves:
                 started_wall_s=self._clock.wall_s(),
                 volatile_id=self._journal.volatile_id,
                 throughput_bytes_per_s=self._throughput(request.target),
+                asked=asked,
             )
         except BaseException:
             self._vms.release(vm.name, move_id)
             raise
-        log.info("move asked for", move=move_id, vm=vm.name, target=request.target, caller=caller)
+        log.info("move asked for", move=move_id, vm=vm.name, target=request.target, caller=str(asked))
         runner = self._open.leave(state)
         return runner.report()
 
@@ -133,7 +147,7 @@ class Moves:
             raise CallerError("move-ambiguous", f"{len(found)} moves begin with {move_id!r}", "give more of its id")
         return next(iter(found.values()))
 
-    async def cancel(self, move_id: str) -> MoveReport:
+    async def cancel(self, move_id: str, asked: Asked) -> MoveReport:
         """Ask a move to end, wait for its end, and return how it ended: cancelled, or too late.
 
         Raises Refused `cancel-at-source` on the target's agent, CallerError `move-ended`.
@@ -149,7 +163,7 @@ class Moves:
         if runner is None:
             text = f"the move has ended ({report.outcome})"
             raise CallerError("move-ended", text, "there is nothing to cancel", http_status=409)
-        runner.put(facts.CancelRequested(at_ms=self._clock.monotonic_ms(), caller="the operator"))
+        runner.put(facts.CancelRequested(at_ms=self._clock.monotonic_ms(), caller=str(asked)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CANCEL_WAIT_S):
                 await runner.ended.wait()
@@ -235,9 +249,11 @@ class Moves:
     async def _accept(self, connection: PeerConnection, hello: Hello, offer: Offer, link: Link) -> Runner:
         """Let an offer in, or raise why not; nothing is allocated before."""
         refusal = self._admit_in(connection, with_storage=bool(offer.plan.disk_copies))
-        if refusal is not None:
-            raise _as_error(refusal)
         vm = offer.plan.target_vm
+        if refusal is not None:
+            error = _as_error(refusal)
+            self._events.add(events.move_refused_in(connection.peer_name, vm.name, error))
+            raise error
         if offer.epoch != vm.epoch:
             raise PeerBroke("protocol-order", "the offer's epoch is not the VM's", host=connection.peer_name)
         if any(known.id == vm.id for known in self._vms.defined()):
@@ -295,10 +311,12 @@ class Moves:
         return Rule(max_passes=passes, threshold_bytes=threshold, bandwidth_bytes_per_s=bandwidth)
 
     def _throughput(self, target: str) -> float | None:
-        """What the last move to that host reached, in bytes per second."""
+        """What the last move to that host without a limit reached, in bytes per second."""
         for encoded in reversed(self._journal.reports()):
             report = msgspec.json.decode(encoded, type=MoveReport)
             seconds = sum(one.seconds for one in report.passes)
+            if report.plan is not None and report.plan.rule.bandwidth_bytes_per_s:
+                continue
             if report.target == target and report.outcome is Outcome.DONE and seconds > 0:
                 return sum(one.sent_bytes for one in report.passes) / seconds
         return None

@@ -1,23 +1,25 @@
 """The moves that are open on this host: one runner each, launched by a request, an offer or the journal."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Coroutine
 
 import msgspec
 import structlog
 
+from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.link import Link
+from kvmhv.agent.network_gap import NetworkGap
 from kvmhv.agent.runner import Runner
 from kvmhv.agent.source_effects import SourceMachine
 from kvmhv.agent.target_effects import TargetMachine
 from kvmhv.agent.vms import Vms
 from kvmhv.config import Config
-from kvmhv.core import admission, facts, recover
+from kvmhv.core import admission, facts, first_frame, recover
 from kvmhv.core.effects import Effect
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState
-from kvmhv.model import MoveReport
-from kvmhv.ports import Clock, Hypervisor, Journal, Peer, QemuEvent
+from kvmhv.model import MoveReport, Outcome, Vm
+from kvmhv.ports import Clock, Frames, Hypervisor, Journal, Peer, QemuEvent
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
 log = structlog.get_logger(__name__)
@@ -39,7 +41,8 @@ class OpenMoves:
         peer: Peer,
         journal: Journal,
         clock: Clock,
-        on_end: Callable[[MoveReport], None],
+        frames: Frames,
+        chronicle: Chronicle,
     ) -> None:
         self._limit = config.limits.move_facts
         self._vms = vms
@@ -47,8 +50,10 @@ class OpenMoves:
         self._peer = peer
         self._journal = journal
         self._clock = clock
-        self._on_end = on_end
+        self._frames = frames
+        self._chronicle = chronicle
         self._runners: dict[tuple[str, str], Runner] = {}
+        self._gaps: dict[str, NetworkGap] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         hypervisor.on_event(self._on_event)
 
@@ -73,6 +78,10 @@ class OpenMoves:
         """Return the memory of the VMs that are arriving."""
         states = (runner.state for runner in self._runners.values())
         return sum(state.plan.target_vm.memory_bytes for state in states if isinstance(state, TargetState))
+
+    def moving(self) -> tuple[Vm, ...]:
+        """Return the VMs of every open move."""
+        return tuple(runner.state.vm for runner in self._runners.values())
 
     def leave(self, state: SourceState) -> Runner:
         """Begin a move out; the VM is claimed already."""
@@ -134,19 +143,23 @@ class OpenMoves:
         return runner
 
     def _target_runner(self, state: TargetState, link: Link | None) -> Runner:
-        machine = TargetMachine(state, self._hypervisor, self._vms, self._clock)
+        gap = NetworkGap(self._frames, state.vm, lambda after_ms: self._first_frame(runner, after_ms))
+        self._gaps[state.move_id] = gap
+        machine = TargetMachine(state, self._hypervisor, self._vms, self._clock, gap)
         runner = Runner(machine, state, self._clock, self._journal, self._limit)
         hello = Hello(move_id=state.move_id, host=state.target, role=TARGET, epoch=state.hold.epoch)
         runner.link = link or Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
         return runner
 
+    def _first_frame(self, runner: Runner, after_resume_ms: float) -> None:
+        runner.put(facts.FirstFrame(at_ms=self._clock.monotonic_ms(), after_resume_ms=after_resume_ms))
+
     def _launch(self, runner: Runner, effects: list[Effect], fact: facts.Fact | None) -> None:
         self._runners[runner.state.move_id, runner.machine.role] = runner
+        runner.on_need_operator = self._chronicle.need_operator
         if fact is not None:
             runner.put(fact)
-        task = asyncio.create_task(self._run(runner, effects), name=f"move {runner.state.move_id}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._spawn(self._run(runner, effects), f"move {runner.state.move_id}")
 
     async def _run(self, runner: Runner, effects: list[Effect]) -> None:
         state, link = runner.state, runner.link
@@ -166,7 +179,23 @@ class OpenMoves:
         self._runners.pop((state.move_id, runner.machine.role), None)
         self._vms.release(state.vm.name, state.move_id)
         log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
-        self._on_end(report)
+        self._chronicle.ended(report)
+        gap = self._gaps.pop(state.move_id, None) if not leaving else None
+        if gap is not None:
+            self._spawn(self._end_gap(gap, report), f"network gap of {state.move_id}")
+
+    async def _end_gap(self, gap: NetworkGap, report: MoveReport) -> None:
+        """The first frame of a VM that says little comes when its move is over: it goes into the record then."""
+        await gap.close(let_it_look=report.outcome is Outcome.DONE)
+        amended = first_frame.noted(report, gap.after_resume_ms)
+        if amended is not report:
+            self._journal.end(report.id, TARGET, msgspec.json.encode(amended))
+            self._chronicle.network_gap(amended)
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _on_event(self, event: QemuEvent) -> None:
         for runner in self._runners.values():

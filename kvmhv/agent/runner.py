@@ -69,6 +69,7 @@ class Runner:
         self.final: MoveReport | None = None
         self.ended = asyncio.Event()
         self.link: Link | None = None
+        self.on_need_operator: Callable[[MoveReport], None] = lambda report: None
         self._clock = clock
         self._journal = journal
         self._facts: asyncio.Queue[facts.Fact] = asyncio.Queue(queue_limit)
@@ -164,6 +165,7 @@ class Runner:
                 self._clear_timer(name)
             case NeedOperator(error=error):
                 self._log.error("the move needs the operator", error=error.message, todo=error.todo)
+                self.on_need_operator(self.report())
             case Finish(report=report):
                 await self._finish(report)
             case _:

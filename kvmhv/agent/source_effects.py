@@ -131,6 +131,7 @@ class SourceMachine:
                     remaining_bytes=stats.remaining_bytes,
                     total_bytes=stats.total_bytes,
                     dirty_bytes_per_s=stats.dirty_bytes_per_s,
+                    sampled_dirty_bytes_per_s=stats.sampled_dirty_bytes_per_s,
                 )
             )
 

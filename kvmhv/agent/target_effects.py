@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from kvmhv.agent.network_gap import NetworkGap
 from kvmhv.agent.runner import State
 from kvmhv.agent.vms import Vms
 from kvmhv.core import facts, target
@@ -17,12 +18,13 @@ class TargetMachine:
 
     role = "target"
 
-    def __init__(self, state: TargetState, hypervisor: Hypervisor, vms: Vms, clock: Clock) -> None:
+    def __init__(self, state: TargetState, hypervisor: Hypervisor, vms: Vms, clock: Clock, gap: NetworkGap) -> None:
         self._vm = state.vm
         self._psk_hex = state.psk_hex
         self._hypervisor = hypervisor
         self._vms = vms
         self._clock = clock
+        self._gap = gap
 
     def step(self, state: State, fact: facts.Fact) -> tuple[State, list[Effect]]:
         """Decide."""
@@ -55,6 +57,7 @@ class TargetMachine:
         arriving = tuple(copy.disk for copy in effect.plan.disk_copies)
         await self._vms.make_disks(self._vm, arriving)
         taps = await self._vms.ensure_taps(self._vm)
+        await self._gap.open(taps)
         address = await self._hypervisor.start_incoming(
             self._vm,
             self._vms.disk_paths(self._vm),
@@ -72,6 +75,7 @@ class TargetMachine:
 
     async def _cont(self) -> facts.Fact:
         resumed_ms = await self._hypervisor.cont(self._vm.id)
+        self._gap.resumed(resumed_ms)
         return facts.GuestRuns(at_ms=self._clock.monotonic_ms(), resumed_ms=resumed_ms)
 
     async def _adopt(self) -> facts.Fact:

@@ -126,6 +126,8 @@ class MemoryProgress(Fact, frozen=True, kw_only=True):
     remaining_bytes: int
     total_bytes: int
     dirty_bytes_per_s: float
+    sampled_dirty_bytes_per_s: float | None = None
+    """By a sample of pages taken beside the first pass."""
 
 
 class PassStarted(Fact, frozen=True, kw_only=True):

@@ -149,6 +149,7 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
         memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
         memory_remaining_bytes=fact.remaining_bytes,
         memory_total_bytes=fact.total_bytes,
+        sampled_dirty_bytes_per_s=fact.sampled_dirty_bytes_per_s or state.sampled_dirty_bytes_per_s,
     )
     if state.step is SourceStep.MEMORY:
         after = with_progress(after, fact.at_ms)

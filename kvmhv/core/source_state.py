@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from kvmhv.core import progress
+from kvmhv.core import first_frame, progress
 from kvmhv.core.effects import Effect, SetTimer
 from kvmhv.core.facts import Fact, PassStarted
 from kvmhv.core.handover import SourceHold
@@ -95,6 +95,7 @@ class SourceState(Struct, frozen=True, kw_only=True):
     memory_total_bytes: int = 0
     passes: tuple[Pass, ...] = ()
     pass_begun: PassStarted | None = None
+    sampled_dirty_bytes_per_s: float | None = None
     progress: float = 0.0
     """Kept, so that it never goes backward."""
     progress_ms: float | None = None
@@ -228,7 +229,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         dirty_bytes=state.pass_begun.remaining_bytes if state.pass_begun and state.passes else 0,
         dirty_bytes_per_s=progress.dirty_bytes_per_s(standing),
         blackout_steps=blackout_steps(state),
-        network_gap_ms=network_gap_ms(blackout_ms, state.first_frame_after_ms),
+        network_gap_ms=first_frame.network_gap_ms(blackout_ms, state.first_frame_after_ms),
         asked=state.asked,
         request=state.request,
         versions=state.versions,
@@ -244,13 +245,6 @@ def _shown_progress(state: SourceState, standing: progress.Standing) -> float:
     return progress.progress(standing, state.progress, 0.0) if in_blackout else state.progress
 
 
-def network_gap_ms(blackout_ms: float | None, first_frame_after_ms: float | None) -> float | None:
-    """Return the gap from the guest's stop to its first frame at the target; None while one end is not known."""
-    if blackout_ms is None or first_frame_after_ms is None:
-        return None
-    return blackout_ms + first_frame_after_ms
-
-
 def blackout_steps(state: SourceState) -> tuple[BlackoutStep, ...]:
     """Return the blackout's moments, counted from its beginning, in their order."""
     stopped_ms = state.stopped_ms
@@ -259,7 +253,7 @@ def blackout_steps(state: SourceState) -> tuple[BlackoutStep, ...]:
     marks = list(state.blackout_marks)
     if state.resumed_ms is not None and state.first_frame_after_ms is not None:
         at_ms = state.resumed_ms + state.first_frame_after_ms
-        marks.append(BlackoutStep(name="first-frame", host=state.target, at_ms=at_ms))
+        marks.append(BlackoutStep(name=first_frame.NAME, host=state.target, at_ms=at_ms))
     steps = (msgspec.structs.replace(one, at_ms=max(0.0, one.at_ms - stopped_ms)) for one in marks)
     return tuple(sorted(steps, key=lambda one: one.at_ms))
 
@@ -267,6 +261,7 @@ def blackout_steps(state: SourceState) -> tuple[BlackoutStep, ...]:
 def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
     """Return what the estimate is made from."""
     facts_of_vm, begun = state.inventory.facts_of_vm, state.pass_begun
+    dirty_before = (facts_of_vm.dirty_bytes_per_s or 0.0) if facts_of_vm else 0.0
     planned_bytes = sum(copy.used_bytes for copy in state.plan.disk_copies) if state.plan else 0
     phase_ms = state.marks[-1].at_ms if state.marks else now_ms
     return progress.Standing(
@@ -281,7 +276,7 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
         pass_s=max(0.0, now_ms - begun.at_ms) / 1000 if begun else 0.0,
         pass_bytes=begun.remaining_bytes if begun else 0,
         pass_sent_bytes=max(0, state.memory_sent_bytes - begun.sent_bytes) if begun else 0,
-        expected_dirty_bytes_per_s=(facts_of_vm.dirty_bytes_per_s or 0.0) if facts_of_vm else 0.0,
+        expected_dirty_bytes_per_s=state.sampled_dirty_bytes_per_s or dirty_before,
         expected_bytes_per_s=state.throughput_bytes_per_s or 0.0,
     )
 

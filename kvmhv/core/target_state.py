@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from kvmhv.core import first_frame
 from kvmhv.core.effects import Effect
 from kvmhv.core.facts import Fact
 from kvmhv.core.handover import TargetHold
@@ -85,9 +86,10 @@ def update(state: TargetState, **changes: object) -> TargetState:
 def report(state: TargetState) -> MoveReport:
     """Return the move as people see it on the target: the source's own report where it has arrived."""
     if state.source_report is not None:
-        return msgspec.structs.replace(
+        whole = msgspec.structs.replace(
             state.source_report, direction="in", warnings=(*state.source_report.warnings, *state.warnings)
         )
+        return first_frame.noted(whole, state.first_frame_after_ms)
     vm = state.vm
     phase = Phase.CLEANUP if state.step in (TargetStep.SETTLING, TargetStep.ENDED) else Phase.SETUP
     if state.step in (TargetStep.WAITING, TargetStep.STARTING):

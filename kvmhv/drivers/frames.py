@@ -81,7 +81,8 @@ class PacketWatch:
         for level, kind, data in extras:
             if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
                 seconds, nanoseconds = TIMESPEC.unpack(data[: TIMESPEC.size])
-                return now_ms - max(0, time.time_ns() - seconds * 10**9 - nanoseconds) / 1e6
+                age_ns: int = time.time_ns() - seconds * 10**9 - nanoseconds
+                return now_ms - max(0, age_ns) / 1e6
         return now_ms
 
 

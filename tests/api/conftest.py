@@ -16,6 +16,7 @@ from kvmhv.agent.api.host_view import HostView
 from kvmhv.agent.api.listener import Listener
 from kvmhv.agent.api.services import CheckReport, Services
 from kvmhv.agent.api.trusting import Trusting
+from kvmhv.agent.events import Events
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
 from kvmhv.config import Config, from_data
@@ -27,6 +28,7 @@ from kvmhv.drivers.database import Database
 from kvmhv.drivers.peer import Peer
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import (
+    Asked,
     Image,
     MoveReport,
     MoveRequest,
@@ -119,6 +121,9 @@ class Vms:
         self.calls.append(("remove", name, keep_disks))
 
     async def list(self) -> tuple[VmSummary, ...]:
+        return self.summaries()
+
+    def summaries(self) -> tuple[VmSummary, ...]:
         return (VmSummary(name="web01", id="id-1", state=VmState.RUNNING, host="here", memory_bytes=1, cpus=1),)
 
     async def show(self, name: str) -> VmDetails:
@@ -158,12 +163,11 @@ class Moves:
     served: asyncio.Queue[PeerConnection] = field(default_factory=asyncio.Queue)
     serving_ends: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def check(self, request: MoveRequest, caller: str) -> CheckReport:
-        self.callers.append(caller)
+    async def check(self, request: MoveRequest) -> CheckReport:
         return CheckReport(findings=())
 
-    async def start(self, request: MoveRequest, caller: str) -> MoveReport:
-        self.callers.append(caller)
+    async def start(self, request: MoveRequest, asked: Asked) -> MoveReport:
+        self.callers.append(str(asked))
         return report("m1", vm=request.vm)
 
     async def list(self) -> tuple[MoveReport, ...]:
@@ -175,7 +179,7 @@ class Moves:
                 return entry
         raise CallerError("move-unknown", f"no move {move_id}", http_status=404)
 
-    async def cancel(self, move_id: str) -> MoveReport:
+    async def cancel(self, move_id: str, asked: Asked) -> MoveReport:
         return msgspec.structs.replace(await self.show(move_id), outcome=Outcome.CANCELLED)
 
     async def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
@@ -306,6 +310,8 @@ def compose(config: Config) -> Host:
         metrics=Metrics("0", config.name),
         vms=vms,
         images=images,
+        vm_states=vms,
+        events=Events(database, clock, config.name),
         moves=moves,
         running_moves=lambda: tuple(moves.reports),
         doctor=Doctor(),

@@ -16,6 +16,7 @@ from kvmhv.drivers.auth.certificate import fingerprint_of_der
 from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.drivers.auth.trust import Trust
 from kvmhv.errors import Refused
+from kvmhv.model import Asked
 
 CALLER_HEADER = "X-Kvmhv-Caller"
 """A trusted host that forwards a request names here who asked it."""
@@ -124,13 +125,13 @@ class Gate:
         return any(address in subnet for subnet in self._metrics_subnets)
 
 
-def caller_text(caller: Caller, request: web.Request) -> str:
+def asked_by(caller: Caller, request: web.Request) -> Asked:
     """Return who asked, for records: for a forwarded request also whom the forwarding host names."""
     named = request.headers.get(CALLER_HEADER, "") if caller.kind is Kind.HOST else ""
     if not named:
-        return str(caller)
-    printable = "".join(character for character in named if character.isprintable())
-    return f"{printable[:CALLER_MAX_CHARACTERS]} via {caller}"
+        return Asked(who=caller.name, authentication=caller.kind.value, address=caller.ip)
+    printable = "".join(character for character in named if character.isprintable())[:CALLER_MAX_CHARACTERS]
+    return Asked(who=printable, authentication=caller.kind.value, address=caller.ip, via=caller.name)
 
 
 def plain_ip(text: str) -> str:

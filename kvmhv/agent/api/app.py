@@ -7,7 +7,7 @@ import msgspec
 import structlog
 from aiohttp import web
 
-from kvmhv.agent.api.access import Access, Caller, Gate, Kind, caller_text
+from kvmhv.agent.api.access import Access, Caller, Gate, Kind, asked_by
 from kvmhv.agent.api.forward import Forwarder
 from kvmhv.agent.api.route import Call, Route, decode
 from kvmhv.agent.api.routes import ROUTES
@@ -140,4 +140,4 @@ async def _note_started(request: web.Request, response: web.StreamResponse) -> N
 
 def _note(request: web.Request, caller: Caller) -> None:
     say = log.debug if request.method == "GET" else log.info
-    say("request", method=request.method, path=request.path[:200], caller=caller_text(caller, request))
+    say("request", method=request.method, path=request.path[:200], caller=str(asked_by(caller, request)))

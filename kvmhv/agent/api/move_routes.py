@@ -19,12 +19,12 @@ HEARTBEAT_S = 5.0
 
 async def check(api: Services, call: Call) -> CheckReport:
     """Answer POST /v1/vms/{name}/check."""
-    return await api.moves.check(_request(call), call.who())
+    return await api.moves.check(_request(call))
 
 
 async def start(api: Services, call: Call) -> MoveReport:
     """Answer POST /v1/vms/{name}/move."""
-    return await api.moves.start(_request(call), call.who())
+    return await api.moves.start(_request(call), call.asked())
 
 
 async def list_moves(api: Services, call: Call) -> tuple[MoveReport, ...]:
@@ -39,7 +39,7 @@ async def show(api: Services, call: Call) -> MoveReport:
 
 async def cancel(api: Services, call: Call) -> MoveReport:
     """Answer POST /v1/moves/{id}/cancel."""
-    return await api.moves.cancel(call.path("id"))
+    return await api.moves.cancel(call.path("id"), call.asked())
 
 
 async def events(api: Services, call: Call) -> web.StreamResponse:

@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from kvmhv.agent.api.access import Access, Caller, caller_text
+from kvmhv.agent.api.access import Access, Caller, asked_by
 from kvmhv.agent.api.services import Services
 from kvmhv.errors import CallerError
+from kvmhv.model import Asked
 
 UPLOAD_IDLE_S = 60.0
 """No byte of an upload for so long: it is given up."""
@@ -49,9 +50,9 @@ class Call:
             raise CallerError("request-invalid", f"{name}: {value!r} is not true or false")
         return value in ("true", "1", "")
 
-    def who(self) -> str:
+    def asked(self) -> Asked:
         """Return who asks, for records."""
-        return caller_text(self.caller, self.request)
+        return asked_by(self.caller, self.request)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the uploaded bytes as they come. Raises CallerError `upload-broken` if they stop before the end."""

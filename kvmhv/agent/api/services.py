@@ -7,11 +7,13 @@ from typing import Protocol
 
 from kvmhv.agent.api.host_view import HostView, RunningMoves
 from kvmhv.agent.api.trusting import Trusting
+from kvmhv.agent.events import Events
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
 from kvmhv.config import Config
 from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.model import (
+    Asked,
     DiskFormat,
     Finding,
     Image,
@@ -93,11 +95,11 @@ class Images(Protocol):
 class Moves(Protocol):
     """The moves of this host, out and in."""
 
-    async def check(self, request: MoveRequest, caller: str) -> CheckReport:
+    async def check(self, request: MoveRequest) -> CheckReport:
         """Check a move and plan it; changes nothing."""
         ...
 
-    async def start(self, request: MoveRequest, caller: str) -> MoveReport:
+    async def start(self, request: MoveRequest, asked: Asked) -> MoveReport:
         """Begin a move; returns when it is admitted."""
         ...
 
@@ -109,7 +111,7 @@ class Moves(Protocol):
         """Return one move, by its id or an unambiguous prefix. Raises CallerError `move-unknown`, `move-ambiguous`."""
         ...
 
-    async def cancel(self, move_id: str) -> MoveReport:
+    async def cancel(self, move_id: str, asked: Asked) -> MoveReport:
         """Ask a move (id or prefix) to end; returns how it ended."""
         ...
 
@@ -123,6 +125,14 @@ class Moves(Protocol):
 
     async def receive_file(self, peer_name: str, move_id: str, name: str, chunks: AsyncIterator[bytes]) -> None:
         """Keep a file that belongs to the VM of an incoming move of that peer."""
+        ...
+
+
+class VmStates(Protocol):
+    """What the VMs do, known without asking their QEMUs."""
+
+    def summaries(self) -> tuple[VmSummary, ...]:
+        """Return every VM by name."""
         ...
 
 
@@ -146,6 +156,8 @@ class Services:
     metrics: Metrics
     vms: Vms
     images: Images
+    vm_states: VmStates
+    events: Events
     moves: Moves
     running_moves: RunningMoves
     doctor: Doctor
