@@ -132,25 +132,6 @@ class Location(Struct, frozen=True, kw_only=True):
     free_bytes: Bytes = 0
     total_bytes: Bytes = 0
     shared_id: str | None = None
-    """Set where other hosts may see the same storage: a hint of which (server and share). Only a proof says that."""
-    access: Access = Access.DIRECTORY
-    unsafe: tuple[str, ...] = ()
-    """What about the mount's settings makes a move of a VM that stays on it unsafe."""
-    silent: bool = False
-    """It did not answer in time when it was last asked."""
-
-
-class LocationReport(Struct, frozen=True, kw_only=True):
-    """A location as `kvmhv storage list` and `show` have it."""
-
-    spec: LocationSpec
-    location: Location
-    configured: bool
-    """It stands in agent.toml, not in the database."""
-    has_secret: bool
-    vms: tuple[str, ...]
-    """VMs of this host with disks on it."""
-    problems: tuple["Problem", ...] = ()
 
 
 class QemuInfo(Struct, frozen=True, kw_only=True):
