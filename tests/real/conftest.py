@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from kvmhv.lab import lab as labs
+from kvmhv.lab.guest_images import GuestImages, ensure_guest_images
 from kvmhv.lab.lab import Lab
 from kvmhv.lab.state import known_labs
+from tests.real.moving import Pair
 
 EVIDENCE = Path(os.environ.get("KVMHV_EVIDENCE", "/var/tmp/kvmhv-evidence"))
 TEST_TIMEOUT_S = 300
@@ -70,6 +72,23 @@ def lab(_lab_ground: None) -> Iterator[Lab]:
 def bare_lab(_lab_ground: None) -> Iterator[Lab]:
     """Return a lab of hosts without agents, with 100 Mbit/s between them on the migration network."""
     yield from _lab_for_a_while(Lab.up(lab_name("bare"), rate="100mbit", agents=False, progress=print))
+
+
+@pytest.fixture(scope="session")
+def images(_lab_ground: None) -> GuestImages:
+    """Return the guests, built if they are not there."""
+    return ensure_guest_images(print)
+
+
+@pytest.fixture
+def pair(lab: Lab, images: GuestImages) -> Iterator[Pair]:
+    """Return the lab's two hosts for moves; both must be as they were afterwards, whatever happened in between."""
+    used = Pair(lab, images)
+    before = [side.left() for side in used.sides]
+    yield used
+    used.clear()
+    for side, empty in zip(used.sides, before, strict=True):
+        side.is_again(empty)
 
 
 def _lab_for_a_while(lab: Lab) -> Iterator[Lab]:
