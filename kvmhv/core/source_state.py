@@ -241,7 +241,7 @@ def _shown_progress(state: SourceState, standing: progress.Standing) -> float:
     """Between two facts it stands: what is shown must not depend on when somebody looks."""
     if state.step is SourceStep.ENDED and state.outcome is Outcome.DONE:
         return 1.0
-    in_blackout = state.phase in (Phase.STATE, Phase.CLEANUP)
+    in_blackout = standing.phase in (Phase.STATE, Phase.CLEANUP)
     return progress.progress(standing, state.progress, 0.0) if in_blackout else state.progress
 
 
@@ -265,7 +265,7 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
     planned_bytes = sum(copy.used_bytes for copy in state.plan.disk_copies) if state.plan else 0
     phase_ms = state.marks[-1].at_ms if state.marks else now_ms
     return progress.Standing(
-        phase=state.phase,
+        phase=state.phase if state.switchover is None else Phase.STATE,
         rule=state.rule,
         phase_s=max(0.0, now_ms - phase_ms) / 1000,
         disk_total_bytes=max(state.disk_total_bytes, planned_bytes),
