@@ -1,4 +1,4 @@
-"""The handover explored: every interleaving of messages, effects and faults within bounds; mutants that it must find."""
+"""The handover explored: every interleaving of messages, effects, faults within bounds; mutants that it must find."""
 
 import pytest
 
@@ -17,6 +17,7 @@ HUNTS = (
     Bounds(faults=1, slow=0, disks=1),
     Bounds(faults=2, slow=0, disks=0, kinds=frozenset({"qemu", "host"})),
     Bounds(faults=0, slow=1, disks=0),
+    Bounds(faults=1, slow=1, disks=0, kinds=frozenset({"cut"})),
 )
 
 

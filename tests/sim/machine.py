@@ -1,0 +1,300 @@
+"""A simulated QEMU and a simulated host: what the drivers would act on, and the truth that no agent can see.
+
+The memory migration goes as measured on the real one: a pass sends what was dirtied during the one before; a stopped
+guest's rest leads to pre-switchover; QEMU may win the race and stop the guest by itself, and then resumes it by itself
+when the migration fails; a cut link raises no event and leaves QMP hanging in the device state.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.sim.kernel import Kernel
+
+MIB = 1024**2
+ACTIVE = ("active", "pre-switchover", "device")
+CONVERGES_BYTES = 64 * 1024
+
+
+class Broken(AssertionError):
+    """A promise to the VM's users was broken."""
+
+
+@dataclass
+class Truth:
+    """What the guest's users know: which writes were acknowledged; who ran it last."""
+
+    acknowledged: int = 0
+    owner: str = ""
+    stopped_by_fault: bool = False
+
+
+@dataclass
+class Image:
+    """The VM's disk files on one host: the newest acknowledged write in them, and what a power failure leaves."""
+
+    writes: int
+    flushed: int
+
+
+@dataclass
+class Qemu:
+    """One process of the VM."""
+
+    host: "Machine"
+    status: str
+    migration: str = ""
+    fresh: bool = True
+    ran: bool = False
+    mirrors: bool = False
+    mirrors_ready: bool = False
+    exported: bool = False
+    hangs: bool = False
+    pass_number: int = 0
+    sent_bytes: int = 0
+    remaining_bytes: int = 0
+    dirty_bytes_per_s: float = 0.0
+    events: Callable[[str, dict[str, int]], None] | None = None
+    alive: bool = True
+
+    def say(self, name: str, **data: int) -> None:
+        """Raise an event; nobody listens while no agent lives."""
+        if self.alive:
+            self.host.event(self, name, data)
+
+
+@dataclass
+class Machine:
+    """A host: its disk, its processes, and the ledger of what is on it."""
+
+    name: str
+    kernel: Kernel
+    truth: Truth
+    other: "Machine" = field(init=False)
+    network_up: Callable[[], bool] = field(init=False)
+    event: Callable[[Qemu, str, dict[str, int]], None] = field(init=False)
+    up: bool = True
+    boot: int = 0
+    booted_ms: float = 0.0
+    qemu: Qemu | None = None
+    image: Image | None = None
+    defined: int | None = None
+    """Epoch of the VM's record here."""
+    taps: bool = False
+    kernel_files: bool = False
+
+    @property
+    def clock_ms(self) -> float:
+        """The host's monotonic clock: another zero on each host and after each boot."""
+        return self.kernel.now_ms - self.booted_ms + 1e6 * (1 + len(self.name) + self.boot)
+
+    # --- the guest
+
+    def run(self) -> None:
+        """Let the guest run; every promise is checked at this instant."""
+        qemu, other = self.qemu, self.other.qemu
+        assert qemu is not None
+        if qemu.status == "running":
+            return
+        if other is not None and other.status == "running":
+            raise Broken("two running copies")
+        if not qemu.fresh:
+            raise Broken(f"a stale copy runs on {self.name}")
+        if self.image is None or self.image.writes != self.truth.acknowledged:
+            raise Broken(f"acknowledged writes are missing on {self.name}: {self.image} of {self.truth.acknowledged}")
+        qemu.status, qemu.ran = "running", True
+        if other is not None:
+            other.fresh = False
+        self.truth.owner = self.name
+        self.kernel.tell(self.name, "the guest runs")
+        self.write()
+
+    def write(self) -> None:
+        """The running guest writes, and its users are told that it is on the disk."""
+        qemu, there = self.qemu, self.other
+        if qemu is None or qemu.status != "running" or self.image is None:
+            return
+        self.truth.acknowledged += 1
+        self.image.writes = self.image.flushed = self.truth.acknowledged
+        if qemu.mirrors_ready and there.qemu is not None and there.qemu.exported and there.image is not None:
+            there.image.writes = self.truth.acknowledged
+
+    def stop(self) -> None:
+        """The lever."""
+        qemu = self.qemu
+        if qemu is not None and qemu.status == "running":
+            self.write()
+            qemu.status = "paused"
+            self.kernel.tell(self.name, "the guest is stopped")
+
+    # --- the migration
+
+    def begin_mirrors(self, progress: Callable[[str, int], None]) -> None:
+        """Copy the disks; `progress` hears `some`, `ready`, `failed`."""
+        qemu = self.qemu
+        assert qemu is not None
+        qemu.mirrors = True
+
+        def copy(left: int) -> None:
+            there = self.other.qemu
+            if not qemu.alive or not qemu.mirrors:
+                return
+            if there is None or not there.exported or self.other.image is None or self.image is None:
+                qemu.mirrors = qemu.mirrors_ready = False
+                progress("failed", 0)
+            elif not self.network_up():
+                self.kernel.after(1000, lambda: copy(left))
+            elif left:
+                progress("some", 10 - left)
+                self.kernel.after(self.kernel.some_ms(50, 400), lambda: copy(left - 1))
+            else:
+                self.write()
+                qemu.mirrors_ready = True
+                self.other.image.writes = self.image.writes
+                progress("ready", 10)
+
+        copy(self.kernel.rng.randint(1, 3))
+
+    def finish_mirrors(self) -> bool:
+        """End them in sync; False if one is broken."""
+        qemu, there = self.qemu, self.other
+        assert qemu is not None
+        if not qemu.mirrors_ready or there.qemu is None or not there.qemu.exported or there.image is None:
+            return False
+        qemu.mirrors = qemu.mirrors_ready = False
+        there.image.flushed = there.image.writes
+        return True
+
+    def migrate(self, memory_bytes: int, bytes_per_s: float) -> None:
+        """Begin the passes."""
+        qemu = self.qemu
+        assert qemu is not None
+        qemu.migration, qemu.pass_number, qemu.remaining_bytes = "active", 0, memory_bytes
+        self._next_pass(qemu, memory_bytes, bytes_per_s)
+
+    def _next_pass(self, qemu: Qemu, memory_bytes: int, bytes_per_s: float) -> None:
+        if not qemu.alive or qemu.migration != "active":
+            return
+        if self._target_gone():
+            self.fail(qemu)
+            return
+        if not self.network_up():  # no event, no progress
+            self.kernel.after(1000, lambda: self._next_pass(qemu, memory_bytes, bytes_per_s))
+            return
+        self.write()
+        qemu.pass_number += 1
+        begins = qemu.status == "running"
+        if qemu.pass_number > 1 and (not begins or qemu.remaining_bytes <= CONVERGES_BYTES):
+            self._wait_for_switchover(qemu)
+            return
+        qemu.say("PASS", number=qemu.pass_number, sent=qemu.sent_bytes, remaining=qemu.remaining_bytes)
+        took_s = qemu.remaining_bytes / bytes_per_s + 0.002
+        qemu.sent_bytes += qemu.remaining_bytes
+        qemu.remaining_bytes = min(memory_bytes, int(qemu.dirty_bytes_per_s * took_s))
+        self.kernel.after(took_s * 1000, lambda: self._next_pass(qemu, memory_bytes, bytes_per_s))
+
+    def _wait_for_switchover(self, qemu: Qemu) -> None:
+        if qemu.status == "running":
+            self.write()
+            qemu.status = "finish"
+            self.kernel.tell(self.name, "QEMU stops the guest by itself")
+        qemu.migration = "pre-switchover"
+        qemu.say("PRE-SWITCHOVER")
+
+    def continue_switchover(self) -> bool:
+        """Send the device state."""
+        qemu = self.qemu
+        assert qemu is not None
+        if qemu.migration != "pre-switchover":
+            return False
+        qemu.migration = "device"
+        self.kernel.after(self.kernel.some_ms(5, 60), lambda: self._load(qemu))
+        return True
+
+    def _load(self, qemu: Qemu) -> None:
+        there = self.other.qemu
+        if not qemu.alive or qemu.migration != "device":
+            return
+        if there is None or there.migration == "failed" or there.status != "inmigrate":
+            self.fail(qemu)
+        elif not self.network_up():
+            qemu.hangs = True  # QMP with it, until a yank
+            self.kernel.after(500, lambda: self._load(qemu))
+        else:
+            qemu.hangs = False
+            if qemu.mirrors:
+                raise Broken("the device state went over while a mirror wrote")
+            there.status, there.migration, there.fresh = "paused", "completed", True
+            there.say("COMPLETED")
+            self.kernel.after(self.kernel.some_ms(0.1, 5), lambda: self._acknowledge(qemu))
+
+    def _acknowledge(self, qemu: Qemu) -> None:
+        there = self.other.qemu
+        if not qemu.alive or qemu.migration != "device":
+            return
+        if there is None:
+            self.fail(qemu)
+        elif not self.network_up():
+            qemu.hangs = True
+            self.kernel.after(500, lambda: self._acknowledge(qemu))
+        else:
+            qemu.hangs = False
+            qemu.migration = "completed"
+            if qemu.status == "finish":
+                qemu.status = "paused"
+            qemu.say("COMPLETED")
+
+    def fail(self, qemu: Qemu, status: str = "failed") -> None:
+        """The migration ends without success."""
+        if qemu.migration not in ACTIVE:
+            return
+        qemu.migration, qemu.hangs = status, False
+        if qemu.status == "finish":
+            qemu.status = "paused"
+            self.run()
+        qemu.say("FAILED")
+        there = self.other.qemu
+        if there is not None and there.status == "inmigrate" and there.migration == "":
+            self.kernel.after(5, lambda: self._fail_incoming(there))
+
+    def _fail_incoming(self, there: Qemu) -> None:
+        if there.alive and there.migration == "" and there.status == "inmigrate":
+            there.migration = "failed"
+            there.say("FAILED")
+
+    def undo(self) -> None:
+        """Cancel memory and mirrors, by force if need be."""
+        qemu = self.qemu
+        assert qemu is not None
+        qemu.mirrors = qemu.mirrors_ready = False
+        self.fail(qemu, "cancelled")
+
+    def _target_gone(self) -> bool:
+        there = self.other.qemu
+        return there is None or there.migration == "failed"
+
+    # --- ends
+
+    def kill_qemu(self) -> None:
+        """The process ends."""
+        qemu = self.qemu
+        if qemu is None:
+            return
+        self.write()
+        self.qemu = None
+        qemu.say("GONE")
+        qemu.alive = False
+        here = self.other.qemu
+        if here is not None and here.migration in ("active", "pre-switchover", "device"):
+            delay_ms = self.kernel.some_ms(1, 50)
+            self.kernel.after(delay_ms, lambda: self.other.fail(here) if here.alive and self.network_up() else None)
+        if here is not None and here.status == "inmigrate":
+            self.kernel.after(5, lambda: self.other._fail_incoming(here))
+
+    def lose_power(self) -> None:
+        """Everything but the disk is gone, and of the disk what was not flushed."""
+        self.kill_qemu()
+        self.up = False
+        self.boot += 1
+        self.taps = False
+        if self.image is not None:
+            self.image.writes = self.image.flushed
