@@ -113,7 +113,10 @@ class World:
             if self.ledger.boundaries == self.single.boundary:
                 text = what if isinstance(what, str) else f"before {type(what).__name__}"
                 self.kernel.tell("FAULT", f"{self.single.kind} of {self.single.host}; {agent.machine.name} is {text}")
-                self.fault(self.single.kind, self.single.host)
+                if self.single.kind in ("agent", "host"):
+                    self.fault(self.single.kind, self.single.host)
+                else:  # an agent notices it after the effects that it is at
+                    self.kernel.after(0, partial(self.fault, self.single.kind, self.single.host))
             return
         if not self._swarm or self.kernel.rng.random() > self._boundary_risk:
             return
@@ -123,6 +126,8 @@ class World:
 
     def fails(self, agent: Agent, effect: ef.Effect) -> bool:
         """Whether this effect breaks."""
+        if self.single is not None and self.single.kind == "fail":
+            return self.ledger.boundaries == self.single.boundary
         if self._healed or "fail" not in self._swarm:
             return False
         if self.kernel.rng.random() > 0.02:
