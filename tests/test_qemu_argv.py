@@ -42,6 +42,74 @@ LAUNCH = Launch(
 )
 
 
+WHOLE = [
+    "/usr/bin/qemu-system-x86_64",
+    "-no-user-config",
+    "-nodefaults",
+    "-name",
+    "guest=web01,debug-threads=on",
+    "-uuid",
+    VM_ID,
+    "-machine",
+    "pc-q35-7.2,accel=tcg,usb=off,vmport=off,smm=off,dump-guest-core=off",
+    "-cpu",
+    "qemu64,+cx16,+lahf-lm,+popcnt,+pni,+sse4.1,+sse4.2,+ssse3,-svm,enforce",
+    "-smp",
+    "cpus=2,sockets=1,cores=2,threads=1,maxcpus=2",
+    "-m",
+    "size=268435456B",
+    "-rtc",
+    "base=utc",
+    "-global",
+    "ICH9-LPC.disable_s3=1",
+    "-global",
+    "ICH9-LPC.disable_s4=1",
+    "-boot",
+    "strict=on",
+    "-display",
+    "none",
+    "-vga",
+    "none",
+    "-chardev",
+    f"socket,id=qmp,path={DIRECTORY}/qmp.sock,server=on,wait=off",
+    "-mon",
+    "chardev=qmp,mode=control",
+    "-chardev",
+    f"socket,id=console,path={DIRECTORY}/console.sock,server=on,wait=off,logfile={DIRECTORY}/console.log,logappend=on",
+    "-serial",
+    "chardev:console",
+    "-blockdev",
+    '{"driver": "file", "node-name": "disk0-b1-file", "filename": "/disks/base.raw", "aio": "threads", '
+    '"cache": {"direct": true, "no-flush": false}, "discard": "unmap", "auto-read-only": true}',
+    "-blockdev",
+    '{"driver": "raw", "node-name": "disk0-b1", "file": "disk0-b1-file", "read-only": true, '
+    '"cache": {"direct": true, "no-flush": false}, "discard": "unmap"}',
+    "-blockdev",
+    '{"driver": "file", "node-name": "disk0-file", "filename": "/disks/web01/disk0.qcow2", "aio": "threads", '
+    '"cache": {"direct": true, "no-flush": false}, "discard": "unmap"}',
+    "-blockdev",
+    '{"driver": "qcow2", "node-name": "disk0", "file": "disk0-file", "read-only": false, '
+    '"cache": {"direct": true, "no-flush": false}, "discard": "unmap", "backing": "disk0-b1"}',
+    "-device",
+    "virtio-blk-pci,id=disk0-device,drive=disk0,serial=disk0,bus=pcie.0,addr=0x4,bootindex=1,"
+    "werror=stop,rerror=stop,write-cache=on",
+    "-netdev",
+    "tap,id=nic0,ifname=kv0123456789n0,script=no,downscript=no,vhost=off",
+    "-device",
+    "virtio-net-pci,id=nic0-device,netdev=nic0,mac=52:54:00:12:34:56,bus=pcie.0,addr=0x5,romfile=",
+    "-device",
+    "virtio-balloon-pci,id=balloon0,bus=pcie.0,addr=0x1d",
+    "-object",
+    "rng-random,id=entropy0,filename=/dev/urandom",
+    "-device",
+    "virtio-rng-pci,id=rng0,rng=entropy0,bus=pcie.0,addr=0x1e,romfile=",
+    "-msg",
+    "timestamp=on",
+    "-sandbox",
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+]
+
+
 def with_vm(**changes: object) -> Launch:
     return msgspec.structs.replace(LAUNCH, vm=msgspec.structs.replace(VM, **changes))
 
@@ -51,73 +119,7 @@ def value_of(argv: list[str], option: str) -> list[str]:
 
 
 def test_the_whole_command_line() -> None:
-    assert build(LAUNCH) == [
-        "/usr/bin/qemu-system-x86_64",
-        "-no-user-config",
-        "-nodefaults",
-        "-name",
-        "guest=web01,debug-threads=on",
-        "-uuid",
-        VM_ID,
-        "-machine",
-        "pc-q35-7.2,accel=tcg,usb=off,vmport=off,smm=off,dump-guest-core=off",
-        "-cpu",
-        "qemu64,+cx16,+lahf-lm,+popcnt,+pni,+sse4.1,+sse4.2,+ssse3,-svm,enforce",
-        "-smp",
-        "cpus=2,sockets=1,cores=2,threads=1,maxcpus=2",
-        "-m",
-        "size=268435456B",
-        "-rtc",
-        "base=utc",
-        "-global",
-        "ICH9-LPC.disable_s3=1",
-        "-global",
-        "ICH9-LPC.disable_s4=1",
-        "-boot",
-        "strict=on",
-        "-display",
-        "none",
-        "-vga",
-        "none",
-        "-chardev",
-        f"socket,id=qmp,path={DIRECTORY}/qmp.sock,server=on,wait=off",
-        "-mon",
-        "chardev=qmp,mode=control",
-        "-chardev",
-        f"socket,id=console,path={DIRECTORY}/console.sock,server=on,wait=off,"
-        f"logfile={DIRECTORY}/console.log,logappend=on",
-        "-serial",
-        "chardev:console",
-        "-blockdev",
-        '{"driver": "file", "node-name": "disk0-b1-file", "filename": "/disks/base.raw", "aio": "threads", '
-        '"cache": {"direct": true, "no-flush": false}, "discard": "unmap", "auto-read-only": true}',
-        "-blockdev",
-        '{"driver": "raw", "node-name": "disk0-b1", "file": "disk0-b1-file", "read-only": true, '
-        '"cache": {"direct": true, "no-flush": false}, "discard": "unmap"}',
-        "-blockdev",
-        '{"driver": "file", "node-name": "disk0-file", "filename": "/disks/web01/disk0.qcow2", "aio": "threads", '
-        '"cache": {"direct": true, "no-flush": false}, "discard": "unmap"}',
-        "-blockdev",
-        '{"driver": "qcow2", "node-name": "disk0", "file": "disk0-file", "read-only": false, '
-        '"cache": {"direct": true, "no-flush": false}, "discard": "unmap", "backing": "disk0-b1"}',
-        "-device",
-        "virtio-blk-pci,id=disk0-device,drive=disk0,serial=disk0,bus=pcie.0,addr=0x4,bootindex=1,"
-        "werror=stop,rerror=stop,write-cache=on",
-        "-netdev",
-        "tap,id=nic0,ifname=kv0123456789n0,script=no,downscript=no,vhost=off",
-        "-device",
-        "virtio-net-pci,id=nic0-device,netdev=nic0,mac=52:54:00:12:34:56,bus=pcie.0,addr=0x5,romfile=",
-        "-device",
-        "virtio-balloon-pci,id=balloon0,bus=pcie.0,addr=0x1d",
-        "-object",
-        "rng-random,id=entropy0,filename=/dev/urandom",
-        "-device",
-        "virtio-rng-pci,id=rng0,rng=entropy0,bus=pcie.0,addr=0x1e,romfile=",
-        "-msg",
-        "timestamp=on",
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    ]
+    assert build(LAUNCH) == WHOLE
 
 
 def test_the_target_builds_the_same_machine_and_waits() -> None:
