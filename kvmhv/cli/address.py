@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from kvmhv.config import PORT
-from kvmhv.errors import CallerError
+from kvmhv.errors import CallerError, KvmhvError
 
 DEFAULT_SOCKET = Path("/run/kvmhv/agent.sock")
 
@@ -42,8 +42,8 @@ class Address:
 def find(host: str | None) -> Address:
     """Return the address for `--host`.
 
-    Raises CallerError `host-url-invalid`, `token-invalid` or `fingerprint-invalid`; whether an agent is there shows
-    when it is asked.
+    Raises CallerError `host-url-invalid`, `token-invalid` or `fingerprint-invalid`, and `host-unknown` where a lab is
+    all that this machine has; whether an agent is there shows when it is asked.
     """
     if host is not None and "://" in host:
         return _from_url(host)
@@ -53,6 +53,9 @@ def find(host: str | None) -> Address:
     lab_socket = _lab_socket(host)
     if lab_socket is not None:
         return Address(host=host, socket=lab_socket)
+    hosts = () if local.exists() else _lab_hosts()
+    if hosts and host not in hosts:
+        raise CallerError("host-unknown", f"the lab has no host {host!r}", f"its hosts are: {', '.join(hosts)}")
     return Address(host=host, socket=local, base=f"/v1/hosts/{segment(host)}")
 
 
@@ -67,6 +70,16 @@ def _lab_socket(host: str) -> Path | None:
     if not re.fullmatch(r"[a-z][a-z0-9-]*", host):
         return None  # no lab host is called so, and the name must not become a path
     return socket_of(default_lab(), host)
+
+
+def _lab_hosts() -> tuple[str, ...]:
+    """Return the names of the running lab's hosts; empty without a lab."""
+    from kvmhv.lab.state import default_lab, load  # noqa: PLC0415
+
+    try:
+        return tuple(host.name for host in load(default_lab()).plan.hosts)
+    except KvmhvError:
+        return ()
 
 
 def _from_url(url: str) -> Address:
