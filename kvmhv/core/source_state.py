@@ -124,6 +124,10 @@ class SourceState(Struct, frozen=True, kw_only=True):
     target_owns: bool = False
     removing: bool = False
     undone: bool = False
+    """The undo was tried, so the guest may go on."""
+    undo_tries: int = 0
+    cleared: bool = False
+    """What the move made here is taken back, or was given up after so many tries."""
     resumed: bool = False
     """After the undo the guest was seen to run here."""
     target_undone: bool = False

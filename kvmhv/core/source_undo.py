@@ -30,6 +30,8 @@ from kvmhv.core.source_state import (
 from kvmhv.messages import Abort, Refused, Unknown
 from kvmhv.model import ErrorBody, Outcome
 
+UNDO_TRIES = 3
+
 
 def undo(state: SourceState, at_ms: float, outcome: Outcome, error: ErrorBody) -> Result:
     """Take the move back. It is on disk before the guest can go on: a host that reboots never grants it any more."""
@@ -66,9 +68,9 @@ def end(state: SourceState, at_ms: float, outcome: Outcome, error: ErrorBody) ->
 def undone(state: SourceState, fact: facts.Fact) -> Result:
     """What was made here is taken back: the guest goes on."""
     assert isinstance(fact, facts.Undone)
-    if state.undone:
-        return state, []
-    return _resume(update(state, undone=True, warnings=(*state.warnings, *fact.warnings)), fact.at_ms)
+    first = not state.undone
+    state = update(state, undone=True, cleared=True, warnings=(*state.warnings, *fact.warnings))
+    return _resume(state, fact.at_ms) if first else _end_when_undone(state, fact.at_ms)
 
 
 def _resume(state: SourceState, at_ms: float) -> Result:
@@ -102,7 +104,7 @@ def target_undone_unknown(state: SourceState, fact: facts.Fact) -> Result:
 
 
 def _end_when_undone(state: SourceState, at_ms: float) -> Result:
-    here = state.undone and (state.resumed or state.hold.copy_lost)
+    here = (state.cleared and state.resumed) or state.hold.copy_lost
     if not here or not (state.target_undone or not state.connected):
         return state, []
     assert state.failure is not None
@@ -112,10 +114,18 @@ def _end_when_undone(state: SourceState, at_ms: float) -> Result:
 def undo_too_long(state: SourceState, fact: facts.Fact) -> Result:
     """The target did not confirm in time (it clears up by itself later), or QEMU here hangs: it is tried again."""
     assert state.failure is not None
-    if state.undone and (state.resumed or state.hold.copy_lost):
+    runs = state.resumed or state.hold.copy_lost
+    if runs and state.cleared:
         warning = f"{state.target} has not confirmed that it has taken everything back"
         failure = state.failure
         return end(update(state, warnings=(*state.warnings, warning)), fact.at_ms, state.outcome, failure)
+    state = update(_count_try(state, "QEMU did not answer while the move was taken back"), undone=True)
+    effects: list[Effect] = [SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)]
+    if not state.cleared:
+        effects.append(UndoSource(timeout_s=state.timeouts.undo_s / 2))
+    if runs:
+        after, more = _end_when_undone(state, fact.at_ms)
+        return after, [*effects, *more]
     error = ErrorBody(
         code="resume-failed",
         message=f"the move was taken back, but QEMU does not let {state.vm.name} go on: it stands still on "
@@ -124,11 +134,15 @@ def undo_too_long(state: SourceState, fact: facts.Fact) -> Result:
         host=state.source,
         exit_status=5,
     )
-    again = update(state, undone=True)
-    effects: list[Effect] = [SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)]
-    if not state.undone:
-        effects.append(UndoSource(timeout_s=state.timeouts.undo_s / 2))
-    return again, [*effects, *handover.resume_at_source(state.hold, state.vm.id), NeedOperator(error=error)]
+    return state, [*effects, *handover.resume_at_source(state.hold, state.vm.id), NeedOperator(error=error)]
+
+
+def _count_try(state: SourceState, why: str) -> SourceState:
+    """Note that QEMU did not let the move be taken back; after so many tries what is left is told as a warning."""
+    tries = state.undo_tries + 1
+    if state.cleared or tries < UNDO_TRIES:
+        return update(state, undo_tries=tries)
+    return update(state, undo_tries=tries, cleared=True, warnings=(*state.warnings, why))
 
 
 def undo_lost_peer(state: SourceState, fact: facts.Fact) -> Result:
@@ -137,11 +151,19 @@ def undo_lost_peer(state: SourceState, fact: facts.Fact) -> Result:
 
 
 def undo_failed(state: SourceState, fact: facts.Fact) -> Result:
-    """Taking back failed: the guest goes on all the same. A Cont that failed is tried again by the step's timer."""
+    """Taking back failed: the guest goes on all the same, and it is tried again: a mirror left behind would hold it up.
+
+    A Cont that failed is tried again by the step's timer.
+    """
     assert isinstance(fact, facts.Failed)
-    if fact.effect == UndoSource.__name__:
-        return undone(state, facts.Undone(at_ms=fact.at_ms, warnings=(fact.error.message,)))
-    return state, []
+    if fact.effect != UndoSource.__name__:
+        return state, []
+    first = not state.undone
+    state = update(_count_try(state, fact.error.message), undone=True)
+    after, effects = _resume(state, fact.at_ms) if first else _end_when_undone(state, fact.at_ms)
+    if after.step is SourceStep.UNDOING and not state.cleared:
+        effects.append(SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s / 10))
+    return after, effects
 
 
 # --- why
