@@ -139,10 +139,9 @@ class Side:
         found: Report = until(f"{phase} of move {move_id}", look)
         return found
 
-    def running_moves(self) -> list[Report]:
-        """Return the moves of this host that have not ended."""
-        moves = self.agent.call("GET", "moves", list[dict[str, Any]])
-        return [report for report in moves if report["outcome"] in ("running", "needs-operator")]
+    def has_no_move(self) -> bool:
+        """Whether every move of this host has ended."""
+        return not any(record.startswith("open move") for record in self.left()["records"])
 
     def file(self, inside: str) -> Path:
         """Return the machine's path of a file on this host."""
@@ -182,13 +181,13 @@ class Side:
     # ---- as somebody who means harm
 
     @contextmanager
-    def slow_network(self, rate: str) -> Iterator[None]:
-        """Let this host send no faster than that to the migration network."""
-        self.sh(f"tc qdisc replace dev migration root tbf rate {rate} burst 64k latency 50ms")
+    def slow_network(self, rate: str, network: str = "migration") -> Iterator[None]:
+        """Let this host send no faster than that to a network."""
+        self.sh(f"tc qdisc replace dev {network} root tbf rate {rate} burst 64k latency 50ms")
         try:
             yield
         finally:
-            self.sh("tc qdisc del dev migration root")
+            self.sh(f"tc qdisc del dev {network} root")
 
     @contextmanager
     def settings(self, **changed: str) -> Iterator[None]:
@@ -292,7 +291,7 @@ class Pair:
                 side.host.mend(network)
             side.host.agent_start()
         for side in self.sides:
-            until(f"no move on {side.name}", lambda side=side: not side.running_moves())
+            until(f"no move on {side.name}", side.has_no_move)
             for vm in side.kvmhv("vm", "list"):
                 side.kvmhv("vm", "stop", vm["name"], "--force")
                 side.kvmhv("vm", "remove", vm["name"], "--yes")
