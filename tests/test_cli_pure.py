@@ -2,6 +2,7 @@
 
 import io
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,13 +10,14 @@ from rich.console import Console
 
 from kvmhv.cli import address, disk_spec, output, websocket
 from kvmhv.cli.parameters import parse_rate
-from kvmhv.cli.progress import Display, Lines, Pace, news, pass_text
+from kvmhv.cli.progress import Display, Lines, expectation, news, pass_text
 from kvmhv.cli.watch import exit_status
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import (
     DiskFormat,
     DiskSpec,
     ErrorBody,
+    Estimate,
     MoveReport,
     Outcome,
     Pass,
@@ -254,15 +256,24 @@ def test_display_draws_the_state_below_the_news() -> None:
     assert drawn.getvalue().rstrip().endswith("remain  -"), "the line goes when the move has ended"
 
 
-def test_pace() -> None:
-    pace = Pace()
-    pace.add(0.0, report(phase=Phase.MEMORY, remaining_bytes=1000, progress=0.5))
-    assert (pace.bytes_per_s(), pace.rest_s()) == (None, None)
-    pace.add(2.0, report(phase=Phase.MEMORY, remaining_bytes=600, progress=0.7))
-    assert pace.bytes_per_s() == 200.0
-    assert pace.rest_s() == pytest.approx(3.0)
-    pace.add(100.0, report(phase=Phase.MEMORY, remaining_bytes=900, progress=0.7))
-    assert pace.rest_s() is None, "nothing moved within the window"
+ESTIMATE = Estimate(
+    seconds_low=8, seconds_likely=12.5, seconds_high=75, passes=10, switchover="pass-limit", blackout_ms=2400
+)
+
+
+def test_the_expectation_is_told_after_each_pass() -> None:
+    done = Pass(number=1, sent_bytes=9, remaining_bytes=8, dirty_bytes_per_second=1, bytes_per_second=2, seconds=3)
+    before = report(phase=Phase.MEMORY, estimate=ESTIMATE)
+    after = report(phase=Phase.MEMORY, passes=(done,), estimate=ESTIMATE)
+    text = (
+        "about 12.5 s left (8.00 s to 1 min 15 s); the pass limit will end the passes after pass 10, "
+        "with a blackout of about 2.40 s"
+    )
+    assert text not in news(None, before)
+    assert news(before, after) == [pass_text(done), text]
+    assert news(after, after) == []
+    threshold = msgspec.structs.replace(ESTIMATE, switchover="threshold", passes=3)
+    assert "the threshold will end the passes after pass 3" in expectation(threshold)
 
 
 def _ended(outcome: Outcome, status: int | None) -> MoveReport:

@@ -23,6 +23,7 @@ COMMANDS = {
     "completion": ("kvmhv.cli.completion", "Print the completion script of a shell."),
     "demo": ("kvmhv.cli.demo", "Move a busy VM between two hosts on this machine."),
     "doctor": ("kvmhv.cli.doctor", "What on a host would keep VMs from running or moving."),
+    "events": ("kvmhv.cli.events", "What happened to a host's moves, and who asked."),
     "host": ("kvmhv.cli.host", "A host, its settings and whom it trusts."),
     "image": ("kvmhv.cli.image", "Kernels, initrds and disks for new VMs."),
     "lab": ("kvmhv.cli.lab", "Hosts in network namespaces on this machine."),

@@ -1,11 +1,12 @@
 """`kvmhv vm check`, `kvmhv vm move` and `kvmhv move`: what a move would do, does and did."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from kvmhv.cli import output
+from kvmhv.cli import move_html, output
 from kvmhv.cli.address import segment
 from kvmhv.cli.connection import Agent
 from kvmhv.cli.move_report import draw_check, draw_report
@@ -182,6 +183,25 @@ def show(session: Session, move_id: str) -> None:
     """Show a move's report."""
     report = _find(session.agent(), move_id)
     session.answer(report, lambda: draw_report(report))
+
+
+@move.command("report")
+@click.argument("move_id", metavar="ID", type=MOVE)
+@click.option("--html", "file", type=click.Path(dir_okay=False, path_type=Path), required=True, metavar="FILE")
+@json_option
+@click.pass_obj
+def write_report(session: Session, move_id: str, file: Path) -> None:
+    """Write a move's report as one HTML page that needs nothing else; `-` writes it to standard output."""
+    found = _find(session.agent(), move_id)
+    text = move_html.page(found)
+    if str(file) == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CallerError("file-unwritable", f"{file}: {error.strerror}", "name another file") from error
+    session.answer({"file": str(file), "move": found.id}, lambda: output.say(f"{file}: the move {found.id}"))
 
 
 @move.command()

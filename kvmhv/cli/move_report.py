@@ -83,9 +83,16 @@ def _summary(report: MoveReport) -> list[tuple[str, object]]:
     if report.blackout_ms is not None:
         sure = report.blackout_uncertainty_ms
         rows.append(("blackout", f"{report.blackout_ms:.1f} ms" + (f" (± {sure:.1f} ms)" if sure is not None else "")))
+    if report.blackout_steps:
+        rows.append(("blackout's steps", ", ".join(f"{one.name} {one.at_ms:.0f} ms" for one in report.blackout_steps)))
+    if report.network_gap_ms is not None:
+        rows.append(("network gap", f"{report.network_gap_ms:.1f} ms"))
     rows.append(("memory", output.size_text(report.memory_bytes)))
     rows.append(("disks", output.size_text(report.disk_bytes)))
     if report.ended_at is not None:
         rows.append(("total", output.seconds_text(report.ended_at - report.started_at)))
+    if report.asked is not None:
+        rows.append(("asked by", report.asked))
+    rows += [(f"on {one.host}", f"kvmhv {one.kvmhv}, QEMU {one.qemu} ({one.accel})") for one in report.versions]
     rows += [("warning", warning) for warning in report.warnings]
     return rows

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from kvmhv.cli import output
-from kvmhv.model import MoveReport, Outcome, Pass, Phase
+from kvmhv.model import Estimate, MoveReport, Outcome, Pass, Phase
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 PHASES = tuple(Phase)
 BAR_WIDTH = 40
-PACE_WINDOW_S = 10.0
+PASS_LIMIT = "pass-limit"  # noqa: S105 - a reason, not a password
 
 
 class View(Protocol):
@@ -83,6 +81,8 @@ def news(old: MoveReport | None, new: MoveReport) -> list[str]:
     after_memory = PHASES.index(Phase.MEMORY) + 0.5
     for done in new.passes[len(old.passes) if old else 0 :]:
         lines.append((after_memory, pass_text(done)))
+    if new.estimate is not None and new.passes and (old is None or len(new.passes) > len(old.passes)):
+        lines.append((after_memory, expectation(new.estimate)))
     if new.switchover is not None and (old is None or old.switchover is None):
         text = f"switchover after pass {new.switchover.pass_number}: {new.switchover.reason}"
         lines.append((after_memory, text))
@@ -120,34 +120,15 @@ def pass_text(done: Pass) -> str:
     )
 
 
-class Pace:
-    """Rate and rest of a move, judged by its last seconds."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, float, int]] = deque(maxlen=1000)
-        self._moved_bytes = 0
-        self._last: MoveReport | None = None
-
-    def add(self, at_s: float, report: MoveReport) -> None:
-        """Take a report that came at `at_s` (any clock that does not go backward)."""
-        if self._last is not None:
-            copied = report.storage_copied_bytes - self._last.storage_copied_bytes
-            sent = self._last.remaining_bytes - report.remaining_bytes
-            self._moved_bytes += max(0, copied if report.phase is Phase.STORAGE else sent)
-        self._last = report
-        self._samples.append((at_s, report.progress, self._moved_bytes))
-        while at_s - self._samples[0][0] > PACE_WINDOW_S:
-            self._samples.popleft()
-
-    def bytes_per_s(self) -> float | None:
-        """Return what travels now, None before there is enough to judge by."""
-        (first_s, _, first), (last_s, _, last) = self._samples[0], self._samples[-1]
-        return (last - first) / (last_s - first_s) if last_s > first_s else None
-
-    def rest_s(self) -> float | None:
-        """Return how long the rest takes if it goes on like this; None when nobody can say."""
-        (first_s, first, _), (last_s, last, _) = self._samples[0], self._samples[-1]
-        return (1 - last) * (last_s - first_s) / (last - first) if last > first else None
+def expectation(seen: Estimate) -> str:
+    """Return how the move will go on, as a line."""
+    low, high = output.seconds_text(seen.seconds_low), output.seconds_text(seen.seconds_high)
+    blackout = output.seconds_text(seen.blackout_ms / 1000)
+    why = "the pass limit" if seen.switchover == PASS_LIMIT else "the threshold"
+    return (
+        f"about {output.seconds_text(seen.seconds_likely)} left ({low} to {high}); {why} will end the passes after "
+        f"pass {seen.passes}, with a blackout of about {blackout}"
+    )
 
 
 @contextmanager
@@ -166,12 +147,10 @@ class Display:
     def __init__(self, draw: Callable[[RenderableType], None], above: Callable[..., None]) -> None:
         self._draw = draw
         self._above = above
-        self._pace = Pace()
         self._last: MoveReport | None = None
 
     def show(self, report: MoveReport) -> None:
         """Draw the report."""
-        self._pace.add(time.monotonic(), report)
         for line in news(self._last, report):
             self.say(line)
         self._last = report
@@ -189,15 +168,15 @@ class Display:
         if report.outcome is not Outcome.RUNNING:
             return Text("")
         number = f", pass {len(report.passes) + 1}" if report.phase is Phase.MEMORY else ""
-        rest = self._pace.rest_s()
+        seen = report.estimate
         line = Table.grid(padding=(0, 2))
         line.add_row(
             Text(f"{report.phase}{number}", style="bold"),
             ProgressBar(total=1.0, completed=report.progress, width=BAR_WIDTH),
             Text(f"{report.progress * 100:.0f} %"),
             Text(f"{output.size_text(report.remaining_bytes)} remain"),
-            Text(output.rate_text(self._pace.bytes_per_s())),
-            Text("" if rest is None else f"about {output.seconds_text(rest)}"),
+            Text(output.rate_text(report.throughput_bytes_per_s or None)),
+            Text("" if seen is None else f"about {output.seconds_text(seen.seconds_likely)} left"),
         )
         return line
 

@@ -6,6 +6,7 @@ from aiohttp import web
 import kvmhv
 from kvmhv.agent.api import openapi
 from kvmhv.agent.api.access import Access
+from kvmhv.agent.api.event_routes import EVENT_ROUTES
 from kvmhv.agent.api.host_routes import HOST_ROUTES
 from kvmhv.agent.api.image_routes import IMAGE_ROUTES
 from kvmhv.agent.api.move_routes import MOVE_ROUTES
@@ -30,4 +31,4 @@ DESCRIPTION_ROUTE = Route(
     media="application/json",
 )
 
-ROUTES = (*HOST_ROUTES, *IMAGE_ROUTES, *VM_ROUTES, *MOVE_ROUTES, *PEER_ROUTES, DESCRIPTION_ROUTE)
+ROUTES = (*HOST_ROUTES, *IMAGE_ROUTES, *VM_ROUTES, *MOVE_ROUTES, *EVENT_ROUTES, *PEER_ROUTES, DESCRIPTION_ROUTE)
