@@ -1,6 +1,7 @@
 """The agent as a process: configuration, log, lock, signals. What it consists of stands in `assembly.py`."""
 
 import asyncio
+import os
 import re
 import signal
 import sys
@@ -24,6 +25,7 @@ def run(config_file: Path | None) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status. Without a file: /etc/kvmhv/agent.toml if any."""
     if config_file is None and DEFAULT_CONFIG.exists():
         config_file = DEFAULT_CONFIG
+    os.umask(0o077)  # disks, journal and sockets are root's; what others may reach is opened where it is made
     try:
         config = load(config_file)
         logs.configure(config.log_format, config.log_level)

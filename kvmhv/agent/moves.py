@@ -166,8 +166,9 @@ class Moves:
         runner.put(facts.CancelRequested(at_ms=self._clock.monotonic_ms(), caller=str(asked)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CANCEL_WAIT_S):
-                await runner.ended.wait()
-        return runner.report()
+                async for change in runner.changes():
+                    report = change
+        return report
 
     async def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
         """Yield the report now and after each change; ends after one whose outcome is not `running`."""

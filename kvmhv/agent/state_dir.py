@@ -19,7 +19,9 @@ def locked(config: Config) -> Iterator[None]:
     """
     try:
         config.state_path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        config.run_path.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if not config.run_path.exists():
+            config.run_path.mkdir(parents=True)
+            config.run_path.chmod(0o755)  # whoever may use the socket must reach it
         lock = (config.state_path / "agent.lock").open("w")
     except OSError as error:
         raise HostError("state-dir", str(error), "see state_dir and run_dir in agent.toml") from error

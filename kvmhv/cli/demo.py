@@ -7,6 +7,7 @@ import click
 
 from kvmhv.cli import output
 from kvmhv.cli.session import Session, json_option
+from kvmhv.config import parse_size
 
 if TYPE_CHECKING:
     from kvmhv.lab.demo import DemoReport, MoveSeen
@@ -46,12 +47,13 @@ def _show(report: "DemoReport", dirty: str, seconds: float) -> None:
     output.say("\nWhat the guest's users saw, measured on the client:")
     columns = ("move", "blackout", "longest silence", "pings lost", "longest TCP stall", "writes acknowledged")
     output.table(columns, [_outside(number, move) for number, move in enumerate(report.moves, 1)])
-    total = report.watch["total"]
+    sent = sum(move.window["pings"]["sent"] for move in report.moves)
+    lost = sum(move.window["pings"]["lost"] for move in report.moves)
     rows: list[tuple[str, object]] = [
         ("TCP connection", _connection(report.watch)),
         ("boot id", _boot(report.watch)),
-        ("pings", f"{total['pings']['sent']} sent, {total['pings']['lost']} lost"),
-        ("dirtied all the time", f"{dirty}iB/s"),
+        ("pings during the moves", f"{sent} sent, {lost} lost"),
+        ("dirtied all the time", output.rate_text(parse_size(dirty))),
     ]
     if report.disk is not None:
         missing = sum(report.disk[kind] for kind in ("lost", "stale", "torn", "misplaced"))

@@ -13,6 +13,7 @@ import msgspec
 
 from kvmhv.errors import HostError
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE records (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (kind, key)) STRICT;
@@ -54,11 +55,11 @@ class Database:
 
     @property
     def volatile_id(self) -> str:
-        """Names this volatile journal: made with it, gone with it (a reboot empties the tmpfs it lies on)."""
+        """Names this volatile journal: another one when it was lost, and after a reboot even if it lies on a disk."""
         file = self._volatile_dir / "id"
         if not file.exists():
             file.write_text(secrets.token_hex(16))
-        return file.read_text()
+        return f"{file.read_text()}@{BOOT_ID.read_text().strip()}"
 
     def close(self) -> None:
         """Close the file."""
