@@ -123,8 +123,49 @@ class Accel(enum.StrEnum):
 # --- the host -----------------------------------------------------------------------------------------------------
 
 
+class LocationKind(enum.StrEnum):
+    """What a location is."""
+
+    DIR = "dir"
+    NFS = "nfs"
+    SMB = "smb"
+    ISCSI = "iscsi"
+
+
+class Access(enum.StrEnum):
+    """How this host reaches a location."""
+
+    AUTO = "auto"
+    """The operator's mount if `path` is given, else the kernel's client if there is one, else user space."""
+    DIRECTORY = "directory"
+    """A directory of this host, or a mount that the operator has made."""
+    KERNEL = "kernel"
+    """Mounted by the agent with the kernel's client."""
+    USER = "user"
+    """QEMU's own NFS or iSCSI driver; for SMB a FUSE mount of kvmhv's own."""
+
+
+class LocationSpec(Struct, frozen=True, kw_only=True):
+    """What `kvmhv storage add` asks for; the password or CHAP secret travels and is kept apart from it."""
+
+    name: Name
+    kind: LocationKind = LocationKind.DIR
+    path: str = ""
+    """dir: the directory; nfs, smb: where the operator has mounted it (empty: kvmhv reaches the server by itself)."""
+    server: str = ""
+    """nfs, smb: the server; iscsi: the portal. `host`, `host:port` or `[v6]:port`."""
+    share: str = ""
+    """nfs: the export's path; smb: the share's name; iscsi: the target's IQN."""
+    user: str = ""
+    access: Access = Access.AUTO
+    shared: bool = False
+    """dir: other hosts see this directory too (a cluster file system, a mount of a kind that kvmhv does not know)."""
+    records_lun: Annotated[int, Meta(ge=0, le=16383)] = 1
+    """iscsi: a small LUN of the target for kvmhv's own records; every other LUN is a disk."""
+
+
 class Location(Struct, frozen=True, kw_only=True):
-    """A named place for disks on a host. `shared_id` is equal on two hosts exactly if both see the same storage."""
+    """A named place for disks on a host."""
 
     name: str
     kind: str = "dir"
@@ -132,6 +173,25 @@ class Location(Struct, frozen=True, kw_only=True):
     free_bytes: Bytes = 0
     total_bytes: Bytes = 0
     shared_id: str | None = None
+    """Set where other hosts may see the same storage: a hint of which (server and share). Only a proof says that."""
+    access: Access = Access.DIRECTORY
+    unsafe: tuple[str, ...] = ()
+    """What about the mount's settings makes a move of a VM that stays on it unsafe."""
+    silent: bool = False
+    """It did not answer in time when it was last asked."""
+
+
+class LocationReport(Struct, frozen=True, kw_only=True):
+    """A location as `kvmhv storage list` and `show` have it."""
+
+    spec: LocationSpec
+    location: Location
+    configured: bool
+    """It stands in agent.toml, not in the database."""
+    has_secret: bool
+    vms: tuple[str, ...]
+    """VMs of this host with disks on it."""
+    problems: tuple["Problem", ...] = ()
 
 
 class QemuInfo(Struct, frozen=True, kw_only=True):
@@ -191,6 +251,10 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """Set when the host's settings would refuse this very move (limit, source address, switched off)."""
     facts_of_vm: "VmFacts | None" = None
     """Source only: what its running QEMU says of the VM."""
+    proven_shared: tuple[str, ...] = ()
+    """Source only: locations at which each side has just read what the other had written (agent/sharing.py)."""
+    not_shared: dict[str, str] = {}
+    """Source only: locations that may be shared by their kind, and why the proof failed."""
 
 
 class VmFacts(Struct, frozen=True, kw_only=True):
@@ -562,6 +626,8 @@ class DiskSpec(Struct, frozen=True, kw_only=True):
     format: DiskFormat | None = None
     backing: str | None = None
     location: str | None = None
+    lun: Annotated[int, Meta(ge=0, le=16383)] | None = None
+    """On an iSCSI location: which LUN. Without size, file and image it is taken as it is."""
 
 
 class VmSpec(Struct, frozen=True, kw_only=True):

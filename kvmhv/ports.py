@@ -21,6 +21,59 @@ from kvmhv.model import (
     VmFacts,
 )
 
+# --- where images lie ---------------------------------------------------------------------------------------------
+
+
+class NfsImage(Struct, frozen=True, kw_only=True):
+    """A file of an NFS export, opened by QEMU's own driver (NFSv3)."""
+
+    server: str
+    path: str
+    """From the server's root: the export's path and the file's."""
+    user: int
+    group: int
+
+    def options(self) -> dict[str, object]:
+        """Return the driver's options of QEMU's `-blockdev`."""
+        server = {"type": "inet", "host": self.server}
+        return {"driver": "nfs", "server": server, "path": self.path, "user": self.user, "group": self.group}
+
+
+class Lun(Struct, frozen=True, kw_only=True):
+    """A LUN, opened by QEMU's own iSCSI driver."""
+
+    portal: str
+    target: str
+    lun: int
+    initiator: str
+    user: str = ""
+    secret_file: str = ""
+    """CHAP: holds the secret and nothing else."""
+
+    def options(self, secret_id: str) -> dict[str, object]:
+        """Return the driver's options of QEMU's `-blockdev`; `secret_id`: the object that has read the secret."""
+        options: dict[str, object] = {
+            "driver": "iscsi",
+            "transport": "tcp",
+            "portal": self.portal,
+            "target": self.target,
+            "lun": self.lun,
+            "initiator-name": self.initiator,
+        }
+        if self.user:
+            options |= {"user": self.user, "password-secret": secret_id}
+        return options
+
+    def secret_object(self, secret_id: str) -> str | None:
+        """Return the value of QEMU's `-object` that reads the secret from its file, None without CHAP."""
+        escaped = self.secret_file.replace(",", ",,")
+        return f"secret,id={secret_id},format=raw,file={escaped}" if self.user else None
+
+
+DiskPlace = Path | NfsImage | Lun
+"""A layer's place as QEMU opens it: a file, or what one of QEMU's network drivers reaches."""
+
+
 # --- the hypervisor -----------------------------------------------------------------------------------------------
 
 
@@ -93,11 +146,11 @@ class Hypervisor(Protocol):
     async def start(
         self,
         vm: Vm,
-        disk_paths: dict[str, tuple[Path, ...]],
+        disk_paths: dict[str, tuple[DiskPlace, ...]],
         taps: dict[str, str],
         kernel_paths: tuple[Path, Path | None] | None = None,
     ) -> None:
-        """Start the VM running. `disk_paths`: files of each disk's layers, top first; `taps`: each nic's tap.
+        """Start the VM running. `disk_paths`: places of each disk's layers, top first; `taps`: each nic's tap.
 
         `kernel_paths`: kernel and initrd of a VM with direct kernel boot. Raises HostError `qemu-start` with QEMU's own
         words; then no process is left.
@@ -152,7 +205,7 @@ class Hypervisor(Protocol):
     async def start_incoming(
         self,
         vm: Vm,
-        disk_paths: dict[str, tuple[Path, ...]],
+        disk_paths: dict[str, tuple[DiskPlace, ...]],
         taps: dict[str, str],
         plan: Plan,
         psk_hex: str,
@@ -225,10 +278,18 @@ class Disks(Protocol):
         ...
 
     def path(self, layer: Layer) -> Path:
-        """Return the file of a layer.
+        """Return the file of a layer in a location that is a directory here.
 
         Raises CallerError `location-unknown`, or `path-invalid` if it would leave the location.
         """
+        ...
+
+    def place(self, layer: Layer) -> DiskPlace:
+        """Return where QEMU finds a layer. Raises as path()."""
+        ...
+
+    async def exists(self, layer: Layer) -> bool:
+        """Whether something is there already under a layer's name."""
         ...
 
     async def create(self, layer: Layer, size_bytes: int, backing: Layer | None) -> None:

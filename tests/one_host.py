@@ -160,6 +160,15 @@ class MemoryDisks:
     def path(self, layer: Layer) -> Path:
         return self._root / layer.location / layer.path
 
+    def place(self, layer: Layer) -> Path:
+        return self.path(layer)
+
+    async def exists(self, layer: Layer) -> bool:
+        return f"{layer.location}/{layer.path}" in self.files
+
+    def has_luns(self, location: str) -> bool:
+        return False
+
     async def create(self, layer: Layer, size_bytes: int, backing: Layer | None) -> None:
         self._new(layer, size_bytes, backing, "create")
 

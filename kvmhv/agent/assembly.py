@@ -16,6 +16,7 @@ from kvmhv.agent.doctor import Doctor
 from kvmhv.agent.events import Events
 from kvmhv.agent.images import Images
 from kvmhv.agent.inventory import Inventories
+from kvmhv.agent.locations import Locations
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.moves import Moves
 from kvmhv.agent.open_moves import OpenMoves
@@ -34,7 +35,7 @@ from kvmhv.drivers.host import HostClock
 from kvmhv.drivers.network import LinuxNetwork
 from kvmhv.drivers.peer import Peer
 from kvmhv.drivers.qemu import Qemu
-from kvmhv.drivers.storage.directory import Directories
+from kvmhv.drivers.storage.storage import Storage
 from kvmhv.errors import HostError
 
 STOP_S = 4.5
@@ -59,7 +60,8 @@ class Agent:
         log_of_events = Events(database, clock, config.name)
         journal = TimedJournal(database, metrics.journal_written)
         self._qemu = qemu = Qemu(config, clock, metrics.qmp_answered)
-        disks = Directories(config)
+        disks = Storage(config)
+        self._locations = locations = Locations(config, host_id, database, disks)
         network = LinuxNetwork(config)
         images = Images(config, database, disks)
         self._vms = vms = Vms(config, database, qemu, disks, network, images)
@@ -105,6 +107,7 @@ class Agent:
             metrics=metrics,
             vms=vms,
             images=images,
+            locations=locations,
             vm_states=self._vm_states,
             events=log_of_events,
             moves=moves,
@@ -115,6 +118,7 @@ class Agent:
 
     async def start(self) -> None:
         """Recover moves, then VMs, then answer. Raises HostError; `stop` is still to be called."""
+        await self._locations.start()
         await self._open_moves.recover()
         await self._vms.recover()
         await self._listener.start()
@@ -130,6 +134,7 @@ class Agent:
             async with asyncio.timeout(STOP_S):
                 await self._listener.close()
                 await self._open_moves.close()
+                await self._locations.close()
                 await self._vms.close()
                 await self._qemu.close()
         except TimeoutError:

@@ -4,7 +4,6 @@ A layer is the VM's own if it is the top of a disk or lies in the VM's directory
 those are deleted with the VM. Backing files elsewhere may be shared and stay.
 """
 
-import os
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvmhv.core.vm_spec import belongs_to_vm, check_disk_size, layer_path
 from kvmhv.drivers.storage.qemu_img import CHAIN_MAX, ImageFile
 from kvmhv.errors import CallerError, HostError, KvmhvError
 from kvmhv.model import Disk, DiskFormat, DiskSpec, Layer, Struct, Vm, VmSpec
-from kvmhv.ports import Disks, Records
+from kvmhv.ports import DiskPlace, Disks, Records
 
 KIND = "disks-made"
 DEFAULT_LOCATION = "default"
@@ -43,6 +42,14 @@ class ImageDisks(Disks, Protocol):
         """Copy one file of a chain as it is, onto `backing`."""
         ...
 
+    def has_luns(self, location: str) -> bool:
+        """Whether a location's images are LUNs."""
+        ...
+
+    async def lun_size(self, layer: Layer) -> int:
+        """Return the virtual size of what is on a LUN."""
+        ...
+
 
 class Ledger(Struct, frozen=True, kw_only=True):
     """Files that were made for a VM that is not defined here yet."""
@@ -62,9 +69,9 @@ class VmDisks:
         self._disks = disks
         self._images = images
 
-    def paths(self, vm: Vm) -> dict[str, tuple[Path, ...]]:
-        """Files of each disk's layers, top first. Raises CallerError `location-unknown` or `path-invalid`."""
-        return {disk.name: tuple(self._disks.path(layer) for layer in disk.layers) for disk in vm.disks}
+    def places(self, vm: Vm) -> dict[str, tuple[DiskPlace, ...]]:
+        """Where each disk's layers are, top first. Raises CallerError `location-unknown` or `path-invalid`."""
+        return {disk.name: tuple(self._disks.place(layer) for layer in disk.layers) for disk in vm.disks}
 
     async def make_from_spec(self, vm_id: str, spec: VmSpec) -> tuple[tuple[int, tuple[Layer, ...]], ...]:
         """Make every disk of a checked spec; returns size and layers of each. After a failure call undo()."""
@@ -140,6 +147,8 @@ class VmDisks:
     async def _make_disk(self, vm_id: str, vm_name: str, name: str, spec: DiskSpec) -> tuple[int, tuple[Layer, ...]]:
         location = spec.location or DEFAULT_LOCATION
         kind = spec.format or DiskFormat.QCOW2
+        if spec.lun is not None or self._disks.has_luns(location):
+            return await self._make_on_lun(vm_id, name, spec, location)
         if spec.file is not None:
             chain = await self._described(spec.file, spec.format)
             check_disk_size(name, chain[0].size_bytes)
@@ -165,6 +174,32 @@ class VmDisks:
         layers = await self._place(vm_id, vm_name, name, below, location, 1)
         await self._make(vm_id, top, partial(self._disks.create, top, size_bytes, layers[0]))
         return size_bytes, (top, *layers)
+
+    async def _make_on_lun(
+        self, vm_id: str, name: str, spec: DiskSpec, location: str
+    ) -> tuple[int, tuple[Layer, ...]]:
+        """Take a LUN as it is, or write an empty image or a copy onto it: only if nobody owns it."""
+        if spec.lun is None or not self._disks.has_luns(location):
+            text = f"{name}: lun= and a location of kind iscsi go together"
+            raise CallerError("disk-spec-invalid", text, f"e.g. --disk location={location},lun=2")
+        if spec.file is not None or spec.backing is not None:
+            raise CallerError("disk-spec-invalid", f"{name}: file= and backing= cannot be on a LUN", "use image=")
+        image = None if spec.image is None else self._images.disk(spec.image)
+        empty = image is None and spec.size_bytes is None
+        kind = spec.format or (image.format if image is not None else DiskFormat.RAW)
+        top = Layer(location=location, path=str(spec.lun), format=kind)
+        self._refuse_shared(top, written=True)
+        if await self._disks.exists(top):
+            text = f"LUN {spec.lun} of {location} belongs to a VM"
+            raise CallerError("disk-in-use", text, "take another LUN", http_status=409)
+        if image is not None:
+            await self._make(vm_id, top, partial(self._disks.flatten, (image,), top))
+        elif not empty:
+            await self._make(vm_id, top, partial(self._disks.create, top, spec.size_bytes or 0, None))
+        # A raw LUN is as large as it is: the same on every host.
+        size_bytes = await self._disks.lun_size(top)
+        check_disk_size(name, size_bytes)
+        return size_bytes, (top,)
 
     async def _backing(self, backing: str) -> tuple[ImageFile, ...]:
         """A path has a slash in it; anything else is the name of an image."""
@@ -226,7 +261,7 @@ class VmDisks:
     async def _make(self, vm_id: str, layer: Layer, making: Callable[[], Awaitable[None]]) -> None:
         """Make one file, written down before it is there: an agent that dies here can still undo it."""
         before = self._read(vm_id) or Ledger()
-        if not _exists(self._disks.path(layer)):
+        if not await self._disks.exists(layer):
             self._write(vm_id, msgspec.structs.replace(before, layers=(*before.layers, layer)))
         try:
             await making()
@@ -245,7 +280,3 @@ class VmDisks:
 
 def _named(vm: Vm, names: Collection[str] | None) -> Iterator[Disk]:
     return (disk for disk in vm.disks if names is None or disk.name in names)
-
-
-def _exists(file: Path) -> bool:
-    return os.path.lexists(file)

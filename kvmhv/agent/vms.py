@@ -25,7 +25,7 @@ from kvmhv.core import vm_spec
 from kvmhv.drivers.host import boot_id, cpu_count
 from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
 from kvmhv.model import DirectKernel, Vm, VmDetails, VmSpec, VmState, VmSummary
-from kvmhv.ports import Hypervisor, Network, Records, RunState
+from kvmhv.ports import DiskPlace, Hypervisor, Network, Records, RunState
 
 RUNNING_STATUSES = frozenset({"running"})
 INCOMING_STATUSES = frozenset({"inmigrate"})
@@ -244,9 +244,9 @@ class Vms:
         """Every VM that is defined here."""
         return tuple(record.vm for record in self._records.all())
 
-    def disk_paths(self, vm: Vm) -> dict[str, tuple[Path, ...]]:
-        """Files of each disk's layers, top first. Raises CallerError `location-unknown` or `path-invalid`."""
-        return self._disks.paths(vm)
+    def disk_paths(self, vm: Vm) -> dict[str, tuple[DiskPlace, ...]]:
+        """Where each disk's layers are, top first. Raises CallerError `location-unknown` or `path-invalid`."""
+        return self._disks.places(vm)
 
     async def ensure_taps(self, vm: Vm) -> dict[str, str]:
         """Make the VM's taps on their switches; after an error those that it made are gone again."""

@@ -6,8 +6,11 @@ from kvmhv.config import parse_size
 from kvmhv.errors import CallerError
 from kvmhv.model import DiskFormat, DiskSpec
 
-KEYS = ("size", "file", "image", "format", "backing", "location")
-TODO = "write one of size=4G, file=PATH, image=NAME; with format=qcow2|raw, backing=..., location=..."
+KEYS = ("size", "file", "image", "format", "backing", "location", "lun")
+TODO = (
+    "write one of size=4G, file=PATH, image=NAME; with format=qcow2|raw, backing=..., location=...; "
+    "on an iSCSI location lun=NUMBER, alone or with size or image"
+)
 
 
 def parse(text: str) -> DiskSpec:
@@ -17,7 +20,7 @@ def parse(text: str) -> DiskSpec:
     """
     values = _pairs(text)
     kinds = [key for key in ("size", "file", "image") if key in values]
-    if len(kinds) != 1:
+    if len(kinds) != 1 and not ("lun" in values and not kinds):
         said = " and ".join(kinds) if kinds else "none of them"
         raise _wrong(text, f"exactly one of size, file and image is needed, not {said}")
     if "backing" in values and kinds != ["size"]:
@@ -29,6 +32,7 @@ def parse(text: str) -> DiskSpec:
         format=_format(text, values["format"]) if "format" in values else None,
         backing=values.get("backing"),
         location=values.get("location"),
+        lun=_lun(text, values["lun"]) if "lun" in values else None,
     )
 
 
@@ -58,6 +62,12 @@ def _size(text: str, value: str) -> int:
         return parse_size(value)
     except CallerError as error:
         raise _wrong(text, f"size: {error.message}") from None
+
+
+def _lun(text: str, value: str) -> int:
+    if not (value.isascii() and value.isdecimal() and len(value) <= 5 and int(value) <= 16383):
+        raise _wrong(text, f"lun: {value!r} is no number of a LUN (0 to 16383)")
+    return int(value)
 
 
 def _format(text: str, value: str) -> DiskFormat:

@@ -28,6 +28,7 @@ COMMANDS = {
     "image": ("kvmhv.cli.image", "Kernels, initrds and disks for new VMs."),
     "lab": ("kvmhv.cli.lab", "Hosts in network namespaces on this machine."),
     "move": ("kvmhv.cli.move", "Moves that run or have ended."),
+    "storage": ("kvmhv.cli.storage", "Locations: places for disks, on hosts and on servers."),
     "vm": ("kvmhv.cli.vm", "VMs: create, start, stop, move."),
 }
 """Each command's module and its line in --help; the module's attribute is called like the command."""

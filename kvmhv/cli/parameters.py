@@ -10,7 +10,7 @@ from kvmhv.cli import address, disk_spec
 from kvmhv.cli.connection import Agent
 from kvmhv.config import parse_size
 from kvmhv.errors import CallerError, KvmhvError
-from kvmhv.model import DiskSpec, Image, MoveReport, TrustedHost, VmSummary
+from kvmhv.model import DiskSpec, Image, LocationReport, MoveReport, TrustedHost, VmSummary
 
 COMPLETION_TIMEOUT_S = 1.0
 
@@ -64,7 +64,13 @@ def _hosts(agent: Agent) -> list[str]:
     return [host.name for host in trusted]
 
 
+def _locations(agent: Agent) -> list[str]:
+    found = agent.call("GET", "storage", list[LocationReport], timeout_s=COMPLETION_TIMEOUT_S)
+    return [it.spec.name for it in found]
+
+
 VM = Name(_vms)
+LOCATION = Name(_locations)
 IMAGE = Name(_images)
 MOVE = Name(_moves)
 HOST = Name(_hosts)

@@ -209,7 +209,7 @@ def _check_disk(name: str, disk: DiskSpec, facts: HostFacts) -> None:
     given = [key for key in ("file", "image") if getattr(disk, key) is not None]
     if len(given) > 1 or (given and (disk.size_bytes is not None or disk.backing is not None)):
         raise CallerError("disk-spec-invalid", f"{name}: size, file and image exclude each other", _DISK_TODO)
-    if not given and disk.size_bytes is None and disk.backing is None:
+    if not given and disk.size_bytes is None and disk.backing is None and disk.lun is None:
         raise CallerError("disk-spec-invalid", f"{name}: it has neither size nor file, image or backing", _DISK_TODO)
     if disk.backing is not None and disk.format == DiskFormat.RAW:
         raise CallerError("disk-spec-invalid", f"{name}: a raw disk has no backing file", "use format=qcow2")
@@ -227,7 +227,7 @@ def _check_disk(name: str, disk: DiskSpec, facts: HostFacts) -> None:
             raise CallerError("disk-spec-invalid", f"{name}: {text[:60]!r} is no file or image", _DISK_TODO)
 
 
-_DISK_TODO = "write size=4G, file=PATH, image=NAME or backing=PATH|IMAGE (with or without size)"
+_DISK_TODO = "write size=4G, file=PATH, image=NAME, lun=NUMBER or backing=PATH|IMAGE (with or without size)"
 
 
 def check_disk_size(name: str, size_bytes: int) -> None:

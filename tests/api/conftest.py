@@ -17,6 +17,7 @@ from kvmhv.agent.api.listener import Listener
 from kvmhv.agent.api.services import CheckReport, Services
 from kvmhv.agent.api.trusting import Trusting
 from kvmhv.agent.events import Events
+from kvmhv.agent.locations import Locations
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
 from kvmhv.config import Config, from_data
@@ -26,6 +27,7 @@ from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.drivers.auth.trust import Trust
 from kvmhv.drivers.database import Database
 from kvmhv.drivers.peer import Peer
+from kvmhv.drivers.storage.storage import Storage
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import (
     Asked,
@@ -310,6 +312,7 @@ def compose(config: Config) -> Host:
         metrics=Metrics("0", config.name),
         vms=vms,
         images=images,
+        locations=Locations(config, "host-id", database, Storage(config)),
         vm_states=vms,
         events=Events(database, clock, config.name),
         moves=moves,

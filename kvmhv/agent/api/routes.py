@@ -13,6 +13,7 @@ from kvmhv.agent.api.move_routes import MOVE_ROUTES
 from kvmhv.agent.api.peer_routes import PEER_ROUTES
 from kvmhv.agent.api.route import Call, Route
 from kvmhv.agent.api.services import Services
+from kvmhv.agent.api.storage_routes import STORAGE_ROUTES
 from kvmhv.agent.api.vm_routes import VM_ROUTES
 
 
@@ -31,4 +32,5 @@ DESCRIPTION_ROUTE = Route(
     media="application/json",
 )
 
-ROUTES = (*HOST_ROUTES, *IMAGE_ROUTES, *VM_ROUTES, *MOVE_ROUTES, *EVENT_ROUTES, *PEER_ROUTES, DESCRIPTION_ROUTE)
+PLACE_ROUTES = (*HOST_ROUTES, *STORAGE_ROUTES)
+ROUTES = (*PLACE_ROUTES, *IMAGE_ROUTES, *VM_ROUTES, *MOVE_ROUTES, *EVENT_ROUTES, *PEER_ROUTES, DESCRIPTION_ROUTE)

@@ -17,6 +17,8 @@ from kvmhv.model import (
     DiskFormat,
     Finding,
     Image,
+    LocationReport,
+    LocationSpec,
     MoveReport,
     MoveRequest,
     Plan,
@@ -92,6 +94,30 @@ class Images(Protocol):
         ...
 
 
+class Locations(Protocol):
+    """The locations of this host: places for disks."""
+
+    async def add(self, spec: LocationSpec, secret: str | None) -> LocationReport:
+        """Keep a location that works."""
+        ...
+
+    async def list(self) -> tuple[LocationReport, ...]:
+        """Return every location by name."""
+        ...
+
+    async def show(self, name: str) -> LocationReport:
+        """Return one location."""
+        ...
+
+    async def check(self, name: str) -> LocationReport:
+        """Write to, read and clear a location; problems are in the answer."""
+        ...
+
+    async def remove(self, name: str) -> None:
+        """Use and know a location no longer."""
+        ...
+
+
 class Moves(Protocol):
     """The moves of this host, out and in."""
 
@@ -156,6 +182,7 @@ class Services:
     metrics: Metrics
     vms: Vms
     images: Images
+    locations: Locations
     vm_states: VmStates
     events: Events
     moves: Moves

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
-from kvmhv.drivers.qemu.graph import disk_nodes
+from kvmhv.drivers.qemu.graph import disk_nodes, secret_id
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import CallerError
 from kvmhv.model import DEFAULT_CPU, Accel, Struct, Vm
+from kvmhv.ports import DiskPlace, Lun
 
 PCI_SLOT_FIRST = 0x01
 PCI_SLOT_LAST = 0x1C
@@ -44,15 +45,15 @@ class Launch(Struct, frozen=True, kw_only=True):
     binary: str
     accel: Accel
     directory: VmDir
-    disk_paths: dict[str, tuple[Path, ...]]
-    """Files of each disk's layers, top first."""
+    disk_paths: dict[str, tuple[DiskPlace, ...]]
+    """Places of each disk's layers, top first."""
     taps: dict[str, str]
     """Each nic's tap."""
     kernel_paths: KernelPaths | None = None
     incoming: bool = False
     arriving: dict[str, int] = msgspec.field(default_factory=dict)
     """Move in: how many layers of a disk, from the top, are written by the move."""
-    buffered: frozenset[Path] = frozenset()
+    buffered: frozenset[DiskPlace] = frozenset()
     """Files on file systems without O_DIRECT."""
 
 
@@ -152,6 +153,9 @@ def _disks(launch: Launch) -> list[tuple[str, str]]:
             raise CallerError(
                 "vm-invalid", f"{disk.name} has {len(disk.layers)} layers and {len(paths)} files", "check its disks"
             )
+        for index, place in enumerate(paths):
+            secret = place.secret_object(secret_id(disk.name, index)) if isinstance(place, Lun) else None
+            pairs += [("-object", secret)] if secret else []
         nodes = disk_nodes(disk, paths, arriving=launch.arriving.get(disk.name, 0), buffered=launch.buffered)
         pairs += [("-blockdev", json.dumps(node)) for node in nodes]
         # An I/O error stops the VM instead of reaching the guest (Hyper-V: critical pause); `cont` tries again.

@@ -17,7 +17,7 @@ from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError
 from kvmhv.model import IncomingAddress, Plan, QemuInfo, Vm, VmFacts
-from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
+from kvmhv.ports import Clock, DiskPlace, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
 GONE = "gone"
 
@@ -70,7 +70,7 @@ class Qemu:
     async def start(
         self,
         vm: Vm,
-        disk_paths: dict[str, tuple[Path, ...]],
+        disk_paths: dict[str, tuple[DiskPlace, ...]],
         taps: dict[str, str],
         kernel_paths: KernelPaths | None = None,
     ) -> None:
@@ -146,7 +146,7 @@ class Qemu:
     async def start_incoming(
         self,
         vm: Vm,
-        disk_paths: dict[str, tuple[Path, ...]],
+        disk_paths: dict[str, tuple[DiskPlace, ...]],
         taps: dict[str, str],
         plan: Plan,
         psk_hex: str,
@@ -293,7 +293,7 @@ class Qemu:
     async def _plan_launch(
         self,
         vm: Vm,
-        disk_paths: dict[str, tuple[Path, ...]],
+        disk_paths: dict[str, tuple[DiskPlace, ...]],
         taps: dict[str, str],
         kernel_paths: KernelPaths | None,
         *,
@@ -350,8 +350,10 @@ class Qemu:
         return IncomingAddress(memory_port=await memory.listen(qmp, ip, ports), disk_port=disk_port)
 
 
-def _has_direct(path: Path) -> bool:
-    """Whether the file's file system can be used without its page cache (O_DIRECT)."""
+def _has_direct(path: DiskPlace) -> bool:
+    """Whether a file's file system can be used without its page cache (O_DIRECT); the network drivers have none."""
+    if not isinstance(path, Path):
+        return True
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
     except OSError as error:

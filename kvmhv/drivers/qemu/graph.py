@@ -8,9 +8,8 @@ At the target of a move the layers that are still to be copied are opened for wr
 them read only again once the VM runs there.
 """
 
-from pathlib import Path
-
 from kvmhv.model import Disk, DiskFormat, Layer
+from kvmhv.ports import DiskPlace, Lun, NfsImage
 
 Node = dict[str, object]
 
@@ -25,23 +24,37 @@ def file_node(disk: str, index: int) -> str:
     return f"{layer_node(disk, index)}-file"
 
 
-def open_file(disk: str, index: int, path: Path, *, buffered: bool) -> Node:
-    """Return the file node of a layer: no page cache between guest and storage, flushes passed on.
+def secret_id(disk: str, index: int) -> str:
+    """Return the id of the object that holds the CHAP secret of a layer on a LUN."""
+    return f"{file_node(disk, index)}-secret"
+
+
+def open_file(disk: str, index: int, place: DiskPlace, *, buffered: bool) -> Node:
+    """Return the protocol node of a layer: no page cache between guest and storage, flushes passed on.
 
     `buffered`: the file system cannot do without its page cache (no O_DIRECT). A backing file's descriptor is opened
     for writing only while something writes (auto-read-only), so several VMs may share it.
     """
+    protocol = _protocol(disk, index, place)
     node: Node = {
-        "driver": "file",
+        "driver": protocol["driver"],
         "node-name": file_node(disk, index),
-        "filename": str(path),
-        "aio": "threads",
+        **protocol,
         "cache": {"direct": not buffered, "no-flush": False},
         "discard": "unmap",
     }
     if index:
         node["auto-read-only"] = True
     return node
+
+
+def _protocol(disk: str, index: int, place: DiskPlace) -> Node:
+    match place:
+        case NfsImage():
+            return place.options()
+        case Lun():
+            return place.options(secret_id(disk, index))
+    return {"driver": "file", "filename": str(place), "aio": "threads"}
 
 
 def open_layer(disk: str, index: int, count: int, image_format: DiskFormat, *, read_only: bool, buffered: bool) -> Node:
@@ -59,7 +72,9 @@ def open_layer(disk: str, index: int, count: int, image_format: DiskFormat, *, r
     return node
 
 
-def disk_nodes(disk: Disk, paths: tuple[Path, ...], *, arriving: int, buffered: frozenset[Path]) -> list[Node]:
+def disk_nodes(
+    disk: Disk, paths: tuple[DiskPlace, ...], *, arriving: int, buffered: frozenset[DiskPlace]
+) -> list[Node]:
     """Return a disk's nodes in the order in which they must be opened: the last backing file first.
 
     `arriving`: how many layers, from the top, a move writes here (0 outside a move in).

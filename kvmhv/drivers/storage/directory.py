@@ -8,7 +8,7 @@ import asyncio
 import errno
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -32,11 +32,20 @@ class Directories:
         self._roots = {name: Path(path) for name, path in named.items()}
         self._qemu_img = QemuImg(config.qemu_binary)
 
+    def add_root(self, name: str, root: Path) -> None:
+        """Have a location more: a directory, or a share that is mounted there."""
+        self._roots[name] = root
+
+    def drop_root(self, name: str) -> None:
+        """Have it no longer; no error if it was not there."""
+        self._roots.pop(name, None)
+
     # --- ports.Disks
 
-    async def locations(self) -> tuple[Location, ...]:
+    async def locations(self, but: Collection[str] = ()) -> tuple[Location, ...]:
         """Every location with its free space, fresh; 0 bytes for one whose directory is missing or cannot be read."""
-        return tuple([await asyncio.to_thread(_location, name, root) for name, root in self._roots.items()])
+        roots = {name: root for name, root in self._roots.items() if name not in but}
+        return tuple([await asyncio.to_thread(_location, name, root) for name, root in roots.items()])
 
     def path(self, layer: Layer) -> Path:
         """Return the file of a layer.
@@ -51,14 +60,8 @@ class Directories:
                 f"it has: {', '.join(self._roots)}",
                 http_status=404,
             )
-        parts = layer.path.split("/")
-        if (
-            not layer.path.isprintable()
-            or len(os.fsencode(layer.path)) > PATH_BYTES_MAX
-            or any(part in ("", ".", "..") or len(os.fsencode(part)) > NAME_BYTES_MAX for part in parts)
-        ):
-            raise _path_invalid(layer, "it is no plain relative path")
-        file = root.joinpath(*parts)
+        self.check(layer)
+        file = root / layer.path
         try:
             inside = file.resolve().is_relative_to(root.resolve())
         except (OSError, RuntimeError) as error:
@@ -66,6 +69,16 @@ class Directories:
         if not inside:
             raise _path_invalid(layer, "a symbolic link leads out of the location")
         return file
+
+    @staticmethod
+    def check(layer: Layer) -> None:
+        """Raise CallerError `path-invalid` for what is no plain relative path; looks at no file."""
+        if (
+            not layer.path.isprintable()
+            or len(os.fsencode(layer.path)) > PATH_BYTES_MAX
+            or any(part in ("", ".", "..") or len(os.fsencode(part)) > NAME_BYTES_MAX for part in layer.path.split("/"))
+        ):
+            raise _path_invalid(layer, "it is no plain relative path")
 
     async def create(self, layer: Layer, size_bytes: int, backing: Layer | None) -> None:
         """Make an empty image of exactly `size_bytes` (raw: sparse); nothing is left if that fails.

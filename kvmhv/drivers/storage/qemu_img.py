@@ -22,6 +22,10 @@ COPY_S = 6 * 3600.0
 SECTOR_BYTES = 512
 
 
+Node = dict[str, object]
+"""An image as the options of `-blockdev` describe it."""
+
+
 class ImageFile(NamedTuple):
     """One file of a chain, as `qemu-img info` describes it."""
 
@@ -93,6 +97,24 @@ class QemuImg:
         """Write the source's contents (its whole chain) into an existing file."""
         formats = ["-f", source.format.value, "-O", target_format.value]
         await self._run(["convert", "-q", *formats, "--", str(source.file), str(target)], COPY_S)
+
+    async def convert_into(
+        self, source: ImageFile, target_format: DiskFormat, target: Node, secret: str | None
+    ) -> None:
+        """Write the source's contents (its whole chain) into an image that is there, wherever QEMU reaches it."""
+        objects = ["--object", secret] if secret else []
+        whole = "json:" + msgspec.json.encode({"driver": target_format.value, "file": target}).decode()
+        formats = ["-f", source.format.value, "-O", target_format.value]
+        await self._run(
+            ["convert", "-q", "-n", "-t", "none", *objects, *formats, "--", str(source.file), whole], COPY_S
+        )
+
+    async def size_of(self, format: DiskFormat, node: Node, secret: str | None) -> int:  # noqa: A002
+        """Return the virtual size of an image, wherever QEMU reaches it; a running QEMU may hold it."""
+        objects = ["--object", secret] if secret else []
+        whole = "json:" + msgspec.json.encode({"driver": format.value, "file": node}).decode()
+        said = await self._run(["info", "--force-share", "--output=json", *objects, "--", whole], ANSWER_S)
+        return msgspec.json.decode(said, type=_Info).virtual_size
 
     async def rename_backing(self, file: Path, backing: str, backing_format: DiskFormat) -> None:
         """Change what a qcow2's header says of its backing file, and nothing else."""
