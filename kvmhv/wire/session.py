@@ -136,7 +136,8 @@ class Session:
     def _greet(self, hello: Hello) -> Greeted:
         if self._greeted:
             raise PeerBroke("protocol-order", "the other agent said Hello twice")
-        if hello.move_id != self._hello.move_id or hello.role == self._hello.role:
+        other_role = TARGET if self._hello.role == SOURCE else SOURCE
+        if hello.move_id != self._hello.move_id or hello.role != other_role:
             raise PeerBroke(
                 "protocol-order", "the other agent speaks of another move, or claims this side's part in it"
             )

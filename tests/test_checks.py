@@ -1,0 +1,147 @@
+"""Every finding of the check has its test: one host that lacks one thing, and that finding alone."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvmhv.core import checks
+from kvmhv.model import GIB, MIB, Accel, Address, Finding, Inventory, MoveRequest, Severity, Vm
+from tests.sim import examples
+
+VM = examples.vm()
+REQUEST = MoveRequest(vm="web01", target="host2", include_storage=True)
+SOURCE = examples.inventory("host1", running=VM)
+TARGET = examples.inventory("host2", octet=2)
+
+
+def change(value: Any, **changes: object) -> Any:
+    return msgspec.structs.replace(value, **changes)
+
+
+def findings(
+    source: Inventory = SOURCE, target: Inventory = TARGET, request: MoveRequest = REQUEST, moving: Vm = VM
+) -> tuple[Finding, ...]:
+    return checks.check(moving, request, source, target)
+
+
+def ids(*arguments: Any, **named: Any) -> list[str]:
+    return [finding.id for finding in findings(*arguments, **named)]
+
+
+def of_vm(**changes: object) -> Inventory:
+    return change(SOURCE, facts_of_vm=change(SOURCE.facts_of_vm, **changes))
+
+
+def qemu(inventory: Inventory, **changes: object) -> Inventory:
+    return change(inventory, qemu=change(inventory.qemu, **changes))
+
+
+def test_two_hosts_that_suit_each_other_have_no_finding() -> None:
+    assert findings() == ()
+
+
+SOURCES: dict[str, Inventory] = {
+    "vm-not-running": of_vm(running=False),
+    "tcg-source-corrupts": of_vm(qemu_version=(8, 2, 0)),
+    "device-cannot-migrate": of_vm(blockers=("ivshmem",)),
+    "capability-missing": qemu(SOURCE, capabilities=("events", "return-path")),
+}
+TARGETS: dict[str, Inventory] = {
+    "id-taken": change(TARGET, vm_ids=(VM.id,)),
+    "name-taken": change(TARGET, vm_names=(VM.name,)),
+    "machine-missing": qemu(TARGET, machines=("pc-q35-10.0",)),
+    "cpu-model-missing": qemu(TARGET, cpu_models={}),
+    "cpu-features-missing": qemu(TARGET, cpu_models={VM.cpu: ("avx",)}),
+    "accelerator-differs": qemu(TARGET, accel=Accel.KVM),
+    "qemu-too-old": qemu(TARGET, version=(6, 2, 0)),
+    "memory-short": change(TARGET, memory_available_bytes=VM.memory_bytes),
+    "switch-missing": change(TARGET, switches=("wan",)),
+    "location-missing": change(TARGET, locations=()),
+    "disk-space-short": change(TARGET, locations=(change(TARGET.locations[0], free_bytes=MIB),)),
+    "migration-network-missing": change(TARGET, migration_addresses=(Address(ip="10.9.0.2", prefix=24),)),
+    "capability-missing": qemu(TARGET, capabilities=("events",)),
+}
+WARNINGS: dict[str, Inventory] = {
+    "qemu-older-at-target": qemu(TARGET, version=(9, 2, 0)),
+    "disk-space-thin": change(TARGET, locations=(change(TARGET.locations[0], free_bytes=2 * GIB),)),
+}
+
+
+@pytest.mark.parametrize("expected", list(SOURCES))
+def test_what_is_wrong_with_the_source(expected: str) -> None:
+    assert set(ids(source=SOURCES[expected])) == {expected}
+
+
+@pytest.mark.parametrize("expected", list(TARGETS))
+def test_what_is_wrong_with_the_target(expected: str) -> None:
+    found = findings(target=TARGETS[expected])
+    assert {finding.id for finding in found} == {expected}
+    assert all(finding.severity is Severity.ERROR for finding in found)
+
+
+@pytest.mark.parametrize("expected", list(WARNINGS))
+def test_what_is_only_told(expected: str) -> None:
+    (finding,) = findings(target=WARNINGS[expected])
+    assert (finding.id, finding.severity) == (expected, Severity.WARNING)
+
+
+def test_cpus_few_is_a_warning() -> None:
+    (finding,) = findings(moving=change(VM, cpus=8))
+    assert (finding.id, finding.severity) == ("cpus-few", Severity.WARNING)
+
+
+def test_never_across_vendors_under_kvm() -> None:
+    source = change(qemu(SOURCE, accel=Accel.KVM), facts_of_vm=change(SOURCE.facts_of_vm, accel=Accel.KVM))
+    target = change(qemu(TARGET, accel=Accel.KVM), cpu_vendor="AuthenticAMD")
+    assert ids(source=source, target=target) == ["cpu-vendor-differs"]
+    assert ids(source=source, target=change(target, cpu_vendor="GenuineIntel")) == []
+
+
+def test_an_old_qemu_under_kvm_may_be_the_source() -> None:
+    source = change(SOURCE, facts_of_vm=change(SOURCE.facts_of_vm, accel=Accel.KVM, qemu_version=(7, 2, 0)))
+    assert ids(source=source, target=qemu(TARGET, accel=Accel.KVM)) == []
+
+
+def test_all_findings_at_once_errors_first_each_with_a_way_out() -> None:
+    target = change(
+        qemu(TARGET, machines=(), version=(9, 2, 0)), switches=(), locations=(), vm_names=(VM.name,), cpus=0
+    )
+    found = findings(target=target)
+    assert {"name-taken", "machine-missing", "switch-missing", "location-missing", "cpus-few"} <= {
+        finding.id for finding in found
+    }
+    severities = [finding.severity for finding in found]
+    assert severities == sorted(severities, key=lambda severity: severity is not Severity.ERROR)
+    for finding in found:
+        assert finding.text
+        assert finding.todo
+        assert finding.host in ("host1", "host2")
+
+
+def test_a_local_disk_stays_unless_it_is_asked_to_come() -> None:
+    assert ids(request=change(REQUEST, include_storage=False)) == ["disk-local"]
+    assert ids(request=change(REQUEST, include_storage=False), moving=examples.vm(disks=0)) == []
+
+
+def test_a_disk_that_both_hosts_see_does_not_travel() -> None:
+    source, target = examples.shared(SOURCE), examples.shared(TARGET)
+    assert not checks.moves(VM.disks[0], source, target)
+    assert ids(source, target, change(REQUEST, include_storage=False)) == []
+    assert checks.moves(VM.disks[0], source, TARGET)
+    elsewhere = change(target, locations=(change(target.locations[0], shared_id="nfs-2"),))
+    assert checks.moves(VM.disks[0], source, elsewhere)
+
+
+def test_a_named_location_is_where_the_space_is_looked_for() -> None:
+    assert ids(request=change(REQUEST, storage="fast")) == ["location-missing"]
+    fast = change(TARGET.locations[0], name="fast", free_bytes=MIB)
+    target = change(TARGET, locations=(*TARGET.locations, fast))
+    assert ids(target=target, request=change(REQUEST, storage="fast")) == ["disk-space-short"]
+
+
+def test_the_disks_of_one_location_are_added_up() -> None:
+    moving = examples.vm(disks=3)
+    source = examples.inventory("host1", running=moving)
+    target = change(TARGET, locations=(change(TARGET.locations[0], free_bytes=2 * GIB),))
+    assert ids(source, target, REQUEST, moving) == ["disk-space-short"]
