@@ -254,6 +254,7 @@ async def _copy_layer(qmp: Qmp, plan: Plan, port: int, copy: DiskCopy, layer: _L
             "device": COPY + name,
             "target": TARGET + name,
             "sync": "full" if lowest else "top",
+            "speed": _speed(plan),
             "auto-dismiss": False,
         },
     )
@@ -285,10 +286,16 @@ async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> Non
             "target": TARGET + disk,
             "sync": "top" if len(state.copy.target_layers) > 1 else "full",
             "copy-mode": "write-blocking",
+            "speed": _speed(plan),
             "auto-dismiss": False,
         },
     )
     state.mirroring = True
+
+
+def _speed(plan: Plan) -> int:
+    """Bytes per second for one of the copies that run at once (0: no limit); the guest's own writes are not held."""
+    return plan.rule.bandwidth_bytes_per_s // max(1, len(plan.disk_copies))
 
 
 async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None:
