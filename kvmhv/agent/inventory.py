@@ -32,13 +32,21 @@ class Inventories:
         self._network = network
 
     async def make(
-        self, *, promised_bytes: int = 0, refusal: Refusal | None = None, running: Vm | None = None
+        self,
+        *,
+        promised_bytes: int = 0,
+        refusal: Refusal | None = None,
+        running: Vm | None = None,
+        dirty_rate: bool = False,
     ) -> Inventory:
-        """Return the inventory; `promised_bytes` of memory belong to VMs that are arriving, `running` is to leave."""
+        """Return the inventory; `promised_bytes` of memory belong to VMs that are arriving, `running` is to leave.
+
+        `dirty_rate`: wait until that of `running` is sampled.
+        """
         settings = self._settings.current
         facts: VmFacts | None = None
         if running is not None:
-            facts = await self._hypervisor.facts(running)
+            facts = await self._hypervisor.facts(running, dirty_rate=dirty_rate)
         defined = self._vms.defined()
         return Inventory(
             host=self._config.name,

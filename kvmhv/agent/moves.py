@@ -71,7 +71,7 @@ class Moves:
     async def check(self, request: MoveRequest) -> CheckReport:
         """Check a move and plan it; changes nothing on either host."""
         vm = self._checked_vm(request)
-        here = await self._inventory_of(vm)
+        here = await self._inventory_of(vm, dirty_rate=True)
         hello = Hello(move_id=str(uuid.uuid4()), host=self._config.name, role=SOURCE, epoch=vm.epoch + 1)
         there = await enquire(self._peer, self._clock, hello, vm, request, self._config.timeouts.answer_s)
         findings = checks.check(vm, request, here, there)
@@ -115,7 +115,7 @@ class Moves:
                 request=request,
                 rule=rule,
                 timeouts=self._config.timeouts,
-                inventory=await self._inventory_of(vm),
+                inventory=await self._inventory_of(vm, dirty_rate=False),
                 psk_hex=secrets.token_hex(32),
                 hold=SourceHold(epoch=vm.epoch + 1),
                 started_wall_s=self._clock.wall_s(),
@@ -297,9 +297,10 @@ class Moves:
             self._settings.current, self._config.name, self._open.load(), with_storage=with_storage
         )
 
-    async def _inventory_of(self, vm: Vm) -> Inventory:
+    async def _inventory_of(self, vm: Vm, *, dirty_rate: bool) -> Inventory:
+        """Return this host's inventory; an estimate waits for the dirty rate, a move does not."""
         seen = await self._hypervisor.state(vm.id)
-        return await self._inventories.make(running=vm if seen.process else None)
+        return await self._inventories.make(running=vm if seen.process else None, dirty_rate=dirty_rate)
 
     def _rule(self, request: MoveRequest) -> Rule:
         settings = self._settings.current

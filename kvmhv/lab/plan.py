@@ -15,11 +15,13 @@ from kvmhv.errors import CallerError
 
 DEFAULT_HOSTS = ("host1", "host2", "client")
 DEFAULT_SUITE = "trixie"
-SUITES = ("trixie", "bookworm")
+SUITES = ("trixie", "bookworm", "libvirt")
 AGENT_HOSTS = ("host1", "host2")
 STORAGE_HOST = "storage"
 STORAGE_TREE = "storage"
 """The file server's name, and the tree that only it stands on (tree.py): no other host needs its packages."""
+LIBVIRT_TREE = "libvirt"
+"""The default suite with libvirt beside kvmhv: only the benchmark's hosts stand on it."""
 NETWORKS = ("management", "migration", "lan")
 SWITCH = "switch"
 UPLINK = "lan-uplink"

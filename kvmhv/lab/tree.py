@@ -20,7 +20,7 @@ from pathlib import Path
 import kvmhv
 from kvmhv.errors import HostError
 from kvmhv.lab import state as states
-from kvmhv.lab.plan import STORAGE_TREE
+from kvmhv.lab.plan import DEFAULT_SUITE, LIBVIRT_TREE, STORAGE_TREE
 from kvmhv.lab.state import CACHE_DIR
 from kvmhv.lab.steps import Progress, run_step
 
@@ -46,6 +46,13 @@ STORAGE_PACKAGES = (
     "iproute2",  # addresses
     "procps",  # ps, for whoever looks around
     "python3",  # PID 1
+)
+# What the benchmark's hosts have besides: what kvmhv is compared with.
+LIBVIRT_PACKAGES = (
+    "libvirt-daemon",  # libvirtd
+    "libvirt-daemon-driver-qemu",  # its driver
+    "libvirt-clients",  # virsh
+    "openssl",  # the certificates that it wants
 )
 RECIPE_VERSION = 3
 BUILD_TIMEOUT_S = 1800.0
@@ -77,12 +84,22 @@ def pinned_requirements() -> list[str]:
 
 def tree_path(suite: str) -> Path:
     """Return where the tree of a suite is, or will be once it is built."""
+    debian, packages = _packages(suite)
     if suite == STORAGE_TREE:
-        made_of = [str(RECIPE_VERSION), STORAGE_SUITE, *STORAGE_PACKAGES]
+        made_of = [str(RECIPE_VERSION), debian, *packages]
     else:
-        made_of = [str(RECIPE_VERSION), suite, _LAUNCHER, *PACKAGES, *pinned_requirements()]
+        made_of = [str(RECIPE_VERSION), debian, _LAUNCHER, *packages, *pinned_requirements()]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:12]
     return CACHE_DIR / "trees" / f"{suite}-{digest}"
+
+
+def _packages(suite: str) -> tuple[str, tuple[str, ...]]:
+    """Return the Debian suite of a tree, and its packages."""
+    if suite == STORAGE_TREE:
+        return STORAGE_SUITE, STORAGE_PACKAGES
+    if suite == LIBVIRT_TREE:
+        return DEFAULT_SUITE, (*PACKAGES, *LIBVIRT_PACKAGES)
+    return suite, PACKAGES
 
 
 def ensure_trees(suites: Collection[str], progress: Progress) -> dict[str, Path]:
@@ -111,10 +128,8 @@ def _build(suite: str, tree: Path, progress: Progress) -> None:
     log.unlink(missing_ok=True)
     progress(f"building the lab's Debian tree ({suite}); this is done once")
     try:
-        if suite == STORAGE_TREE:
-            _install_packages(STORAGE_SUITE, STORAGE_PACKAGES, part, log, progress)
-        else:
-            _install_packages(suite, PACKAGES, part, log, progress)
+        _install_packages(*_packages(suite), part, log, progress)
+        if suite != STORAGE_TREE:
             _install_python(suite, part, log, progress)
             _add_launcher(part)
         _finish(part)

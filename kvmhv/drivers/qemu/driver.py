@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import argv, blocks, dirty_rate, keys, memory, probe, process, rundir
+from kvmhv.drivers.qemu import argv, blocks, keys, memory, probe, process, rundir
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
+from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
 from kvmhv.drivers.qemu.instance import Instance, marks
 from kvmhv.drivers.qemu.qmp import QmpLost
@@ -25,9 +26,7 @@ GONE = "gone"
 class Qemu:
     """QEMU processes of this host. One agent uses a run_dir at a time; QEMU outlives it and is found again."""
 
-    def __init__(
-        self, config: Config, clock: Clock, on_answer: Callable[[float], None] = lambda seconds: None
-    ) -> None:
+    def __init__(self, config: Config, clock: Clock, on_answer: Callable[[float], None] = lambda seconds: None) -> None:
         """Remember where things are; nothing is started. Raises HostError `run-dir-long`.
 
         `on_answer` hears how long each QMP command took.
@@ -120,20 +119,26 @@ class Qemu:
         """UNIX socket of the VM's serial console; one reader at a time."""
         return self._directory(vm_id).console_socket
 
-    async def facts(self, vm: Vm) -> VmFacts:
-        """Read what the check of a move needs from the running QEMU; takes the time to sample the dirty rate."""
+    async def facts(self, vm: Vm, *, dirty_rate: bool) -> VmFacts:
+        """Read what the check of a move needs from the running QEMU; a dirty rate takes the time to sample it."""
         instance = await self._instance(vm.id)
         qmp = instance.qmp
         status, migration = await qmp.together(("query-status", {}), ("query-migrate", {}))
-        used = await blocks.used_bytes(qmp)
+        running = bool(status["running"])
+        used = await blocks.used_bytes(qmp) if vm.disks else {}
+        sampled = None if running else 0.0
+        if running and dirty_rate:
+            sampled = await sampled_dirty_rate(qmp)
+        elif running:
+            await instance.dirty_sample.begin(qmp)
         return VmFacts(
-            running=bool(status["running"]),
+            running=running,
             qemu_version=qmp.version,
             accel=instance.accel,
             memory_used_bytes=await asyncio.to_thread(
                 process.guest_memory_bytes, instance.process.pid, vm.memory_bytes
             ),
-            dirty_bytes_per_s=await dirty_rate.short(qmp) if status["running"] else 0.0,
+            dirty_bytes_per_s=sampled,
             blockers=tuple(migration.get("blocked-reasons", ())),
             disk_used_bytes={
                 disk.name: sum(used.get(layer_node(disk.name, index), 0) for index in range(len(disk.layers)))
@@ -195,8 +200,8 @@ class Qemu:
         if not instance.mirrors.disks:
             await keys.add(instance.qmp, instance.directory, "client", psk_hex)
         instance.remember_peer(plan.target_address, address)
-        await memory.begin(instance.qmp, plan, address.memory_port, instance.cut)
-        await instance.dirty_sample.begin(instance.qmp)
+        touched = await asyncio.to_thread(process.guest_memory_bytes, instance.process.pid, vm.memory_bytes)
+        await memory.begin(instance.qmp, plan, address.memory_port, instance.cut, touched)
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
         """Return query-migrate; status `lost` when QMP does not answer in time."""

@@ -17,8 +17,14 @@ from kvmhv.ports import MemoryStats
 ALWAYS = ("events", "return-path", "pause-before-switchover")
 UNLIMITED_BYTES_PER_S = 1 << 40
 DOWNTIME_LIMIT_MS = 1
+QEMU_WINDOW_S = 0.1
+"""QEMU measures its throughput, and keeps its limit, in windows of so long."""
 MEASURING_BYTES_PER_S = 16 * 1024
-"""Until QEMU has measured its first 100 ms; see `begin`."""
+"""Until QEMU has measured its first window; see `begin`."""
+SMALL_BYTES = 64 << 20
+"""A guest that has touched less memory than this may be sent within one window."""
+MEASURING_SHARE = 8
+"""Of a larger one no more than so much goes in the first window: little of what a guest touched is zero again."""
 MEASURED_S = 3.0
 STATS_TIMEOUT_S = 3.0
 CANCEL_TIMEOUT_S = 1.0
@@ -69,21 +75,30 @@ async def listen(qmp: Qmp, ip: str, ports: tuple[int, int]) -> int:
     raise HostError("qemu-error", f"QEMU does not say where it listens: {answer}", "see the VM's qemu.log")
 
 
-async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None]) -> None:
-    """Source: begin to send memory. Raises HostError; then `undo` is due.
+def measuring_bytes_per_s(touched_bytes: int) -> int:
+    """Return the limit until QEMU has measured its first window, by the memory that the guest has touched."""
+    if touched_bytes < SMALL_BYTES:
+        return MEASURING_BYTES_PER_S
+    return int(touched_bytes / MEASURING_SHARE / QEMU_WINDOW_S)
+
+
+async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touched_bytes: int) -> None:
+    """Source: begin to send memory, of which the guest has touched so much. Raises HostError; then `undo` is due.
 
     While QEMU shakes hands its main loop and the guest stand still, so this is watched: if the target says nothing for
     HANDSHAKE_S, `cut` cuts the connections and the migration has failed.
 
     Until QEMU has measured its throughput for the first time, 100 ms after the start, it takes "nothing remains of this
     pass" for "nothing remains" and switches over, whatever the guest has dirtied meanwhile. A small guest on a fast
-    network is sent in less, so the first pass is held back until then.
+    network is sent in less, so the first pass is held back until then; a large one is held back only so far that its
+    first pass cannot be over by then, which no network of a few Gbit/s feels.
     """
     await set_capabilities(qmp, plan)
+    limit = plan.rule.bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S
     await qmp.execute(
         "migrate-set-parameters",
         {
-            "max-bandwidth": MEASURING_BYTES_PER_S,
+            "max-bandwidth": min(limit, measuring_bytes_per_s(touched_bytes)),
             "downtime-limit": DOWNTIME_LIMIT_MS,
             "tls-creds": TLS_OBJECT,
             "tls-hostname": "",
@@ -104,7 +119,6 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None]) -> Non
         if now.throughput_bytes_per_s > 0 or now.status not in ("setup", "active"):
             break
         await asyncio.sleep(POLL_S)
-    limit = plan.rule.bandwidth_bytes_per_s or UNLIMITED_BYTES_PER_S
     await qmp.execute("migrate-set-parameters", {"max-bandwidth": limit})
 
 
