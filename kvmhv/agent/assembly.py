@@ -9,6 +9,7 @@ import kvmhv
 from kvmhv.agent import state_dir
 from kvmhv.agent.api.host_view import HostView
 from kvmhv.agent.api.listener import Listener
+from kvmhv.agent.api.other_hosts import OtherHosts
 from kvmhv.agent.api.services import Services
 from kvmhv.agent.api.trusting import Trusting
 from kvmhv.agent.chronicle import Chronicle
@@ -24,6 +25,7 @@ from kvmhv.agent.settings import Settings
 from kvmhv.agent.timed_journal import TimedJournal
 from kvmhv.agent.vm_states import VmStates
 from kvmhv.agent.vms import Vms
+from kvmhv.agent.web.sessions import Sessions
 from kvmhv.config import Config
 from kvmhv.drivers.auth import certificate
 from kvmhv.drivers.auth.invitations import Invitations
@@ -58,6 +60,7 @@ class Agent:
         trusting = _trusting(config, database, clock)
         peer, trust = trusting.peer, trusting.trust
         log_of_events = Events(database, clock, config.name)
+        chronicle = Chronicle(metrics, log_of_events, database.reports())
         journal = TimedJournal(database, metrics.journal_written)
         self._qemu = qemu = Qemu(config, clock, metrics.qmp_answered)
         disks = Storage(config)
@@ -73,7 +76,7 @@ class Agent:
             journal=journal,
             clock=clock,
             frames=PacketFrames(clock),
-            chronicle=Chronicle(metrics, log_of_events),
+            chronicle=chronicle,
         )
         moves = Moves(
             config=config,
@@ -98,12 +101,16 @@ class Agent:
             network=network,
             running_moves=open_moves.reports,
         )
+        tokens = Tokens(database, clock, config.limits.tokens)
+        self._other_hosts = OtherHosts(trust, peer)
         services = Services(
             config=config,
             settings=settings,
             host=view,
             trusting=trusting,
-            tokens=Tokens(database, clock, config.limits.tokens),
+            tokens=tokens,
+            sessions=Sessions(tokens, clock),
+            other_hosts=self._other_hosts,
             metrics=metrics,
             vms=vms,
             images=images,
@@ -112,6 +119,7 @@ class Agent:
             events=log_of_events,
             moves=moves,
             running_moves=open_moves.reports,
+            recent_moves=chronicle.recent,
             doctor=Doctor(config=config, settings=settings, trust=trust, hypervisor=qemu, disks=disks, network=network),
         )
         self._listener = Listener(services)
@@ -133,6 +141,7 @@ class Agent:
         try:
             async with asyncio.timeout(STOP_S):
                 await self._listener.close()
+                await self._other_hosts.close()
                 await self._open_moves.close()
                 await self._locations.close()
                 await self._vms.close()

@@ -1,4 +1,9 @@
-"""What a move leaves behind beside its record: counts in the metrics, events for people."""
+"""What a move leaves behind beside its record: counts in the metrics, events for people, the last moves at hand."""
+
+from collections import deque
+from collections.abc import Iterable
+
+import msgspec
 
 from kvmhv.agent import events
 from kvmhv.agent.events import Events
@@ -6,18 +11,27 @@ from kvmhv.agent.metrics import Metrics
 from kvmhv.model import MoveReport
 
 TOLD_MAX = 1000
+RECENT = 20
 
 
 class Chronicle:
     """Hears of the moves' ends and troubles, each once."""
 
-    def __init__(self, metrics: Metrics, log: Events) -> None:
+    def __init__(self, metrics: Metrics, log: Events, records: Iterable[bytes] = ()) -> None:
+        """`records`: the reports that are kept, the newest last."""
+        newest = deque(records, RECENT)
+        self._recent = deque((msgspec.json.decode(one, type=MoveReport) for one in newest), RECENT)
         self._metrics = metrics
         self._log = log
         self._told: dict[tuple[str, str], str | None] = {}
 
+    def recent(self) -> tuple[MoveReport, ...]:
+        """Return the last moves that ended, the newest first; reads no disk."""
+        return tuple(reversed(self._recent))
+
     def ended(self, report: MoveReport) -> None:
         """Count a move's end and tell it."""
+        self._recent.append(report)
         self._told.pop((report.id, report.direction), None)
         self._metrics.observe_move(report)
         found = events.move_ended(report)
@@ -27,6 +41,9 @@ class Chronicle:
 
     def network_gap(self, report: MoveReport) -> None:
         """Count and tell a first frame that came when the move had ended."""
+        for place, known in enumerate(self._recent):
+            if (known.id, known.direction) == (report.id, report.direction):
+                self._recent[place] = report
         self._metrics.observe_network_gap(report)
         self._log.add(events.network_gap(report))
 

@@ -14,12 +14,14 @@ import pytest_asyncio
 
 from kvmhv.agent.api.host_view import HostView
 from kvmhv.agent.api.listener import Listener
+from kvmhv.agent.api.other_hosts import OtherHosts
 from kvmhv.agent.api.services import CheckReport, Services
 from kvmhv.agent.api.trusting import Trusting
 from kvmhv.agent.events import Events
 from kvmhv.agent.locations import Locations
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
+from kvmhv.agent.web.sessions import Sessions
 from kvmhv.config import Config, from_data
 from kvmhv.drivers.auth import certificate
 from kvmhv.drivers.auth.invitations import Invitations
@@ -294,6 +296,7 @@ def compose(config: Config) -> Host:
     peer = Peer(trust, config.limits.peer_frame_bytes)
     outside: Any = Outside()
     vms, images, moves = Vms(), Images(), Moves()
+    tokens = Tokens(database, clock, config.limits.tokens)
     services = Services(
         config=config,
         settings=settings,
@@ -308,7 +311,9 @@ def compose(config: Config) -> Host:
             running_moves=lambda: tuple(moves.reports),
         ),
         trusting=Trusting(trust, Invitations(config.name, trust.fingerprint, clock), peer, config.advertise),
-        tokens=Tokens(database, clock, config.limits.tokens),
+        tokens=tokens,
+        sessions=Sessions(tokens, clock),
+        other_hosts=OtherHosts(trust, peer),
         metrics=Metrics("0", config.name),
         vms=vms,
         images=images,
@@ -317,6 +322,7 @@ def compose(config: Config) -> Host:
         events=Events(database, clock, config.name),
         moves=moves,
         running_moves=lambda: tuple(moves.reports),
+        recent_moves=lambda: (),
         doctor=Doctor(),
     )
     listener = Listener(services)

@@ -49,7 +49,7 @@ async def test_settings_change_all_or_none(make_host: Any) -> None:
     ("method", "path", "body", "status", "code"),
     [
         ("GET", "/v1/nothing", None, 404, "route-unknown"),
-        ("GET", "/", None, 404, "route-unknown"),
+        ("GET", "/web/nothing", None, 404, "route-unknown"),
         ("DELETE", "/v1/host", None, 405, "method"),
         ("GET", "/v1/vms/web99", None, 404, "vm-unknown"),
         ("GET", "/v1/vms/boom", None, 500, "internal"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from kvmhv.agent.web.sessions import COOKIE, Sessions
 from kvmhv.drivers.auth.certificate import fingerprint_of_der
 from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.drivers.auth.trust import Trust
@@ -29,6 +30,8 @@ class Kind(enum.StrEnum):
     LOCAL = "local"
     HOST = "host"
     TOKEN = "token"  # noqa: S105 - a kind, not a secret
+    PAGE = "page"
+    """Who has signed in to the live page: may see it, and nothing else."""
     NOBODY = "nobody"
 
 
@@ -41,8 +44,19 @@ class Access(enum.StrEnum):
     """Trusted hosts only."""
     METRICS = "metrics"
     """As API, and the subnets of `metrics_subnets`."""
+    PAGE = "page"
+    """As API, and who has signed in to the live page."""
     OPEN = "open"
     """Everybody who reaches the port."""
+
+
+USERS = frozenset({Kind.LOCAL, Kind.HOST, Kind.TOKEN})
+ADMITTED = {
+    Access.API: USERS,
+    Access.METRICS: USERS,
+    Access.PEER: frozenset({Kind.HOST}),
+    Access.PAGE: USERS | {Kind.PAGE},
+}
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,10 @@ class Caller:
 class Gate:
     """Tells who asks and refuses who may not."""
 
-    def __init__(self, trust: Trust, tokens: Tokens, metrics_subnets: tuple[str, ...]) -> None:
+    def __init__(self, trust: Trust, tokens: Tokens, sessions: Sessions, metrics_subnets: tuple[str, ...]) -> None:
         self._trust = trust
         self._tokens = tokens
+        self._sessions = sessions
         self._metrics_subnets = tuple(ipaddress.ip_network(subnet) for subnet in metrics_subnets)
 
     def identify(self, request: web.Request) -> Caller:
@@ -90,17 +105,16 @@ class Gate:
             )
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         name = self._tokens.name_of(token.strip()) if scheme.lower() == "bearer" else None
-        return (
-            Caller(Kind.TOKEN, name, ip)
-            if name is not None
-            else Caller(Kind.NOBODY, "without certificate or token", ip)
-        )
+        if name is not None:
+            return Caller(Kind.TOKEN, name, ip)
+        signed_in = self._sessions.name_of(request.cookies.get(COOKIE, ""))
+        if signed_in is not None:
+            return Caller(Kind.PAGE, signed_in, ip)
+        return Caller(Kind.NOBODY, "without certificate or token", ip)
 
     def check(self, caller: Caller, access: Access) -> None:
         """Let the caller in, or raise Refused `peer-untrusted` or `not-authorised` (401)."""
-        if access is Access.OPEN or (access is not Access.PEER and caller.kind is not Kind.NOBODY):
-            return
-        if access is Access.PEER and caller.kind is Kind.HOST:
+        if access is Access.OPEN or caller.kind in ADMITTED[access]:
             return
         own = self._trust.own_name
         if access is Access.PEER:

@@ -27,7 +27,7 @@ WebHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def make_app(services: Services, on_request: Callable[[web.Request], None]) -> web.Application:
     """Return the application. `on_request` hears of every request first (the listener ends silent connections)."""
-    gate = Gate(services.trusting.trust, services.tokens, services.config.metrics_subnets)
+    gate = Gate(services.trusting.trust, services.tokens, services.sessions, services.config.metrics_subnets)
 
     @web.middleware
     async def outermost(request: web.Request, handler: WebHandler) -> web.StreamResponse:

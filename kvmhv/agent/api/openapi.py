@@ -7,6 +7,7 @@ import msgspec
 
 from kvmhv.agent.api.access import Access
 from kvmhv.agent.api.route import Route
+from kvmhv.agent.web.sessions import COOKIE
 from kvmhv.model import ErrorBody
 
 REF = "#/components/schemas/{name}"
@@ -20,6 +21,7 @@ WHO = {
     Access.API: "The local socket, trusted hosts, bearer tokens.",
     Access.PEER: "Trusted hosts only.",
     Access.METRICS: "The local socket, trusted hosts, bearer tokens, and the configured subnets.",
+    Access.PAGE: "The local socket, trusted hosts, bearer tokens, and who has signed in to the live page.",
     Access.OPEN: "Everybody who reaches the port.",
 }
 
@@ -27,6 +29,7 @@ SECURITY: dict[Access, list[dict[str, list[str]]]] = {
     Access.API: [{"token": []}, {"trustedHost": []}],
     Access.PEER: [{"trustedHost": []}],
     Access.METRICS: [{"token": []}, {"trustedHost": []}, {}],
+    Access.PAGE: [{"token": []}, {"trustedHost": []}, {"page": []}],
     Access.OPEN: [],
 }
 
@@ -52,6 +55,7 @@ def document(routes: tuple[Route, ...], version: str) -> dict[str, Any]:
             "schemas": components,
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer"},
+                "page": {"type": "apiKey", "in": "cookie", "name": COOKIE, "description": "The live page's cookie."},
                 "trustedHost": {"type": "mutualTLS", "description": "The certificate of a host that is trusted."},
             },
         },

@@ -15,6 +15,7 @@ from kvmhv.agent.api.route import Call, Route
 from kvmhv.agent.api.services import Services
 from kvmhv.agent.api.storage_routes import STORAGE_ROUTES
 from kvmhv.agent.api.vm_routes import VM_ROUTES
+from kvmhv.agent.api.web_routes import WEB_ROUTES
 
 
 async def description(api: Services, call: Call) -> web.Response:
@@ -33,4 +34,5 @@ DESCRIPTION_ROUTE = Route(
 )
 
 PLACE_ROUTES = (*HOST_ROUTES, *STORAGE_ROUTES)
-ROUTES = (*PLACE_ROUTES, *IMAGE_ROUTES, *VM_ROUTES, *MOVE_ROUTES, *EVENT_ROUTES, *PEER_ROUTES, DESCRIPTION_ROUTE)
+SEEING_ROUTES = (*EVENT_ROUTES, *WEB_ROUTES, DESCRIPTION_ROUTE)
+ROUTES = (*PLACE_ROUTES, *IMAGE_ROUTES, *VM_ROUTES, *MOVE_ROUTES, *PEER_ROUTES, *SEEING_ROUTES)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 from kvmhv.agent.api.host_view import HostView, RunningMoves
+from kvmhv.agent.api.other_hosts import OtherHosts
 from kvmhv.agent.api.trusting import Trusting
 from kvmhv.agent.events import Events
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
+from kvmhv.agent.web.sessions import Sessions
 from kvmhv.config import Config
 from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.model import (
@@ -179,6 +181,8 @@ class Services:
     host: HostView
     trusting: Trusting
     tokens: Tokens
+    sessions: Sessions
+    other_hosts: OtherHosts
     metrics: Metrics
     vms: Vms
     images: Images
@@ -187,6 +191,8 @@ class Services:
     events: Events
     moves: Moves
     running_moves: RunningMoves
+    recent_moves: RunningMoves
+    """The last ones that ended, the newest first."""
     doctor: Doctor
     open_consoles: set[Path] = field(default_factory=set)
     """QEMU serves one reader of a serial console at a time; a second one would hang without a word."""

@@ -1,0 +1,234 @@
+// The live page: what /web/live sends is put into the page in place, so that focus and reading position stay.
+
+import { History, draw, size } from "./plot.js";
+
+const $ = (id) => document.getElementById(id);
+const histories = new Map();
+const phases = new Map();
+let stream = null;
+
+// --- small things
+
+function make(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+function put(parent, selector, text) {
+  const found = parent.querySelector(selector);
+  if (found.textContent !== text) found.textContent = text;
+}
+
+function seconds(value) {
+  if (value === null || value === undefined) return "-";
+  if (value < 10) return `${value.toFixed(1)} s`;
+  if (value < 60) return `${Math.round(value)} s`;
+  const minutes = Math.floor(value / 60);
+  return minutes < 60 ? `${minutes} min ${Math.round(value % 60)} s` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+const milliseconds = (value) => value === null || value === undefined ? "-"
+  : value < 10000 ? `${Math.round(value)} ms` : seconds(value / 1000);
+
+// Keep one child for each item, by key and in order; a child that stays is changed, not replaced.
+function keep(parent, items, keyOf, create, change) {
+  const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  items.forEach((item, place) => {
+    const key = keyOf(item);
+    const child = known.get(key) ?? create(item);
+    child.dataset.key = key;
+    known.delete(key);
+    if (parent.children[place] !== child) parent.insertBefore(child, parent.children[place] ?? null);
+    change(child, item);
+  });
+  for (const gone of known.values()) gone.remove();
+}
+
+function tell(text) { $("told").textContent = text; }
+
+// --- running moves
+
+const FIGURES = [["left", "Time left"], ["pass", "Pass"], ["remain", "Remaining"], ["rate", "Sent"], ["dirty", "Dirtied"], ["blackout", "Blackout expected"]];
+
+function newMove(move) {
+  const figures = make("dl", { class: "figures" });
+  for (const [key, name] of FIGURES) figures.append(make("div", {}, make("dt", {}, name), make("dd", { class: `f-${key}` })));
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("role", "img");
+  const card = make("article", { class: "move" },
+    make("header", {}, make("h3", {}, `${move.vm} `, make("span", { class: "way" }, `${move.source} → ${move.target}`)),
+      make("span", { class: "phase" })),
+    make("div", { class: "bar", role: "progressbar", "aria-valuemin": "0", "aria-valuemax": "100", "aria-label": `Progress of ${move.vm}` },
+      make("div")),
+    figures, make("p", { class: "expectation" }));
+  card.append(svg);
+  return card;
+}
+
+function changeMove(card, move) {
+  const now = performance.now() / 1000;
+  if (!histories.has(move.id)) histories.set(move.id, new History(move, now));
+  const history = histories.get(move.id);
+  history.add(move, now);
+  const percent = Math.round(move.progress * 100);
+  const bar = card.querySelector(".bar");
+  bar.setAttribute("aria-valuenow", String(percent));
+  bar.setAttribute("aria-valuetext", `${percent} percent, ${move.phase}`);
+  bar.firstChild.style.width = `${move.progress * 100}%`;
+  bar.firstChild.className = move.phase;
+  const running = move.phase === "memory" && !move.switchover;
+  put(card, ".phase", move.outcome === "needs-operator" ? "needs the operator" : `${move.phase}, ${percent} %`);
+  const seen = move.estimate;
+  put(card, ".f-left", seen ? `about ${seconds(seen.seconds_likely)}` : "-");
+  put(card, ".f-pass", running ? `${move.passes.length + 1}` : move.passes.length ? `${move.passes.length} complete` : "-");
+  const storage = move.phase === "storage";
+  put(card, ".f-remain", size(storage ? move.storage_total_bytes - move.storage_copied_bytes : move.remaining_bytes));
+  put(card, ".f-rate", `${size(move.throughput_bytes_per_s)}/s`);
+  put(card, ".f-dirty", `${size(move.dirty_bytes_per_s)}/s`);
+  put(card, ".f-blackout", seen ? milliseconds(seen.blackout_ms) : "-");
+  const limit = seen !== null && seen.switchover === "pass-limit";
+  const expectation = card.querySelector(".expectation");
+  expectation.classList.toggle("limit", limit);
+  const low = seen ? `between ${seconds(seen.seconds_low)} and ${seconds(seen.seconds_high)} left; ` : "";
+  put(card, ".expectation", move.reason ?? (seen
+    ? `${low}${limit ? "the guest dirties too fast: the pass limit" : "the threshold"} will end the passes after pass ${seen.passes}`
+    : ""));
+  draw(card.querySelector("svg"), history, move.vm);
+  if (phases.get(move.id) !== move.phase) {
+    phases.set(move.id, move.phase);
+    tell(`${move.vm}: ${move.phase} phase`);
+  }
+}
+
+// --- hosts, VMs, last moves
+
+function newHost() { return make("article", { class: "host" }, make("h3"), make("p", { class: "what" }), make("p", { class: "more" })); }
+
+function changeHost(card, host) {
+  card.className = `host ${host.problem ? "away" : host.view ? "" : "unknown"}`;
+  put(card, "h3", host.own ? `${host.name} (this host)` : host.name);
+  const view = host.view;
+  const running = view ? view.vms.filter((vm) => vm.state === "running").length : 0;
+  put(card, ".what", host.problem ? `cannot be reached: ${host.problem}` : !view ? "not asked yet"
+    : `${running} of ${view.vms.length} VMs run`);
+  const out = view ? view.moves.filter((move) => move.direction === "out").length : 0;
+  put(card, ".more", !view ? host.address : !view.enabled ? "takes no part in moves"
+    : `moves out ${out} of ${view.slots_out}, in ${view.moves.length - out} of ${view.slots_in}; kvmhv ${view.version}`);
+}
+
+function row(count, figures) {
+  return () => make("tr", {}, ...Array.from({ length: count }, (_, place) =>
+    place === 0 ? make("th", { scope: "row" }) : make("td", figures.includes(place) ? { class: "figure" } : {})));
+}
+
+function cells(line, values) {
+  values.forEach((value, place) => {
+    const cell = line.children[place];
+    if (Array.isArray(value)) {
+      const [text, kind] = value;
+      if (cell.textContent !== text) cell.replaceChildren(make("span", { class: `badge ${kind}` }, text));
+    } else if (cell.textContent !== value) cell.textContent = value;
+  });
+}
+
+function show(page) {
+  const views = page.hosts.filter((host) => host.view).map((host) => host.view);
+  put(document, "#own-host", `on ${page.hosts[0].name}`);
+  document.title = `kvmhv on ${page.hosts[0].name}`;
+  const moves = once(views.flatMap((view) => view.moves));
+  $("no-moves").hidden = moves.length > 0;
+  for (const id of histories.keys()) {
+    if (!moves.some((move) => move.id === id)) { histories.delete(id); phases.delete(id); }
+  }
+  keep($("moves"), moves, (move) => move.id, newMove, changeMove);
+  keep($("hosts"), page.hosts, (host) => host.name, newHost, changeHost);
+  const vms = views.flatMap((view) => view.vms).sort((a, b) => a.name.localeCompare(b.name) || a.host.localeCompare(b.host));
+  keep($("vms"), vms, (vm) => `${vm.host}/${vm.id}`, row(5, [3, 4]), (line, vm) =>
+    cells(line, [vm.name, [vm.state, vm.state], vm.host, size(vm.memory_bytes), String(vm.cpus)]));
+  const last = once(views.flatMap((view) => view.last)).sort((a, b) => b.started_at - a.started_at).slice(0, 20);
+  keep($("last"), last, (move) => move.id, row(9, [4, 5, 6, 7]), (line, move) => {
+    if (!line.dataset.told) { line.dataset.told = "yes"; if (shownBefore) tell(`${move.vm}: move ${move.outcome}`); }
+    cells(line, [move.vm, move.source, move.target, [move.outcome, move.outcome], milliseconds(move.blackout_ms),
+      milliseconds(move.network_gap_ms), String(move.passes.length),
+      seconds(move.ended_at === null ? null : move.ended_at - move.started_at), new Date(move.started_at * 1000).toLocaleString()]);
+  });
+  shownBefore = true;
+}
+
+let shownBefore = false;
+
+// A move is seen by both hosts. The source knows more while it runs; after it the one that knows the network gap.
+function once(moves) {
+  const found = new Map();
+  for (const move of moves) {
+    const known = found.get(move.id);
+    const better = !known || (move.ended_at === null ? move.direction === "out" : known.network_gap_ms === null);
+    if (better) found.set(move.id, move);
+  }
+  return [...found.values()];
+}
+
+// --- the connection
+
+function state(kind, text) {
+  $("state").className = kind;
+  put(document, "#state", text);
+}
+
+function askToken() {
+  stream?.close();
+  stream = null;
+  state("", "not signed in");
+  $("page").hidden = true;
+  $("logout").hidden = true;
+  $("login").hidden = false;
+  $("token").focus();
+}
+
+async function begin() {
+  const answer = await fetch("/web/page").catch(() => null);
+  if (answer === null || answer.status >= 500) {
+    state("lost", "the agent does not answer");
+    setTimeout(begin, 2000);
+    return;
+  }
+  if (!answer.ok) { askToken(); return; }
+  $("login").hidden = true;
+  $("page").hidden = false;
+  const page = await answer.json();
+  $("logout").hidden = !page.by_cookie;
+  show(page);
+  listen();
+}
+
+function listen() {
+  stream?.close();
+  stream = new EventSource("/web/live");
+  stream.addEventListener("page", (event) => { state("live", "live"); show(JSON.parse(event.data)); });
+  stream.addEventListener("open", () => state("live", "live"));
+  stream.addEventListener("error", () => {
+    state("lost", "connection lost, trying again");
+    if (stream.readyState === EventSource.CLOSED) setTimeout(begin, 1000);
+  });
+}
+
+$("login").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  put(document, "#login-problem", "");
+  const body = JSON.stringify({ token: $("token").value });
+  const answer = await fetch("/web/session", { method: "POST", headers: { "Content-Type": "application/json" }, body }).catch(() => null);
+  if (answer === null) { put(document, "#login-problem", "The agent does not answer."); return; }
+  if (!answer.ok) { put(document, "#login-problem", "This token is not valid here."); $("token").select(); return; }
+  $("token").value = "";
+  await begin();
+  $("content").focus();
+});
+
+$("logout").addEventListener("click", async () => {
+  await fetch("/web/session", { method: "DELETE" }).catch(() => null);
+  askToken();
+});
+
+begin();
