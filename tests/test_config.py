@@ -82,7 +82,7 @@ def test_addresses(text: str, expected: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize("text", ["", "host", "host:", ":6600", "fd00::1:6600", "host:99999", "a b:1"])
 def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(ValueError, match="is not host:port|no such port"):
+    with pytest.raises(ValueError, match=r"is not host:port|no such port"):
         config.split_address(text)
 
 

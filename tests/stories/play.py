@@ -8,7 +8,7 @@ A story is a text file of paragraphs: a command, `----`, what came of it. The co
     source hears MESSAGE [key=value]   a message is said to it, by whoever says it
     deliver                            everything that was said arrives, in its order, also what is said thereby
     lose                               everything that was said is lost
-    restart source|target [key=value]  a new agent reads the newest journal: process=no, status=, migration=, rebooted=yes
+    restart source|target [key=value]  a new agent reads its journal: process=no, status=, migration=, rebooted=yes
 
 KVMHV_STORIES=rewrite in the environment writes what came of it into the files.
 """

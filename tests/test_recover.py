@@ -1,0 +1,204 @@
+"""A new agent, an old journal, and the QEMU that it finds: every step of both machines, every kind of evidence."""
+
+import itertools
+
+import msgspec
+import pytest
+
+from kvmhv.core import effects as ef
+from kvmhv.core import facts, recover
+from kvmhv.core.handover import SourceRight, TargetRight
+from kvmhv.core.source_state import SourceState, SourceStep
+from kvmhv.core.target_state import TargetState, TargetStep
+from kvmhv.messages import Abort, Finished, Owned, Refused, Unknown
+from kvmhv.model import ErrorBody, MoveReport, Outcome
+from tests.test_source import at
+from tests.test_target import Driven, loaded, settling, standing, starting, waiting
+
+S, T = SourceStep, TargetStep
+ERROR = ErrorBody(code="broken", message="it broke", todo="")
+LIVE = [step for step in S if step not in (S.UNDOING, S.ENDED)]
+
+
+def found(*, process: bool = True, status: str = "", migration: str = "", rebooted: bool = False) -> facts.Restarted:
+    return facts.Restarted(at_ms=0, process=process, status=status, migration=migration, rebooted=rebooted)
+
+
+def kinds(effects: list[ef.Effect]) -> list[type[ef.Effect]]:
+    return [type(effect) for effect in effects]
+
+
+def undoing() -> SourceState:
+    return at(S.MEMORY).told(facts.CancelRequested(at_ms=1, caller="x")).state
+
+
+def again(state: SourceState, evidence: facts.Restarted) -> tuple[SourceState, list[type[ef.Effect]]]:
+    after, effects = recover.recover_source(state, evidence)
+    assert not after.connected
+    return after, kinds(effects)
+
+
+# --- source
+
+
+@pytest.mark.parametrize("step", [S.OFFERING, S.STORAGE, S.MEMORY, S.STOPPING, S.SWITCHING])
+def test_what_was_not_granted_is_taken_back(step: SourceStep) -> None:
+    after, effects = again(at(step).state, found(status="paused", migration="completed"))
+    assert (after.step, after.hold.right) == (S.UNDOING, SourceRight.HOLDS)
+    assert effects.index(ef.Journal) < effects.index(ef.UndoSource)
+
+
+def test_before_the_offer_there_is_nothing_to_take_back() -> None:
+    after, effects = again(at(S.ENQUIRING).state, found())
+    assert after.step is S.ENDED
+    assert effects == [ef.Finish]
+
+
+@pytest.mark.parametrize("process", [True, False])
+def test_a_grant_stands(process: bool) -> None:
+    after, effects = again(at(S.GRANTED).state, found(process=process))
+    assert (after.step, after.hold.copy_lost) == (S.GRANTED, not process)
+    assert effects == [ef.SetTimer]
+
+
+def test_the_clean_up_begins_again() -> None:
+    after, effects = again(at(S.CLEANUP).told(facts.CopyEnded(at_ms=1)).state, found(process=False))
+    assert not after.copy_ended
+    assert effects == [ef.SetTimer, ef.EndCopy]
+
+
+@pytest.mark.parametrize("step", [S.MEMORY, S.STOPPING, S.SWITCHING])
+def test_a_source_without_a_copy_may_have_sent_everything_so_it_grants(step: SourceStep) -> None:
+    after, effects = again(at(step).state, found(process=False, rebooted=True))
+    assert (after.step, after.hold.right, after.guest_runs) == (S.GRANTED, SourceRight.GRANTED, False)
+    assert effects[0] is ef.Journal
+
+
+@pytest.mark.parametrize("step", [S.OFFERING, S.STORAGE])
+def test_without_a_copy_before_the_memory_it_has_failed(step: SourceStep) -> None:
+    after, _ = again(at(step).state, found(process=False))
+    assert (after.step, after.hold.right, after.guest_runs) == (S.UNDOING, SourceRight.HOLDS, False)
+
+
+@pytest.mark.parametrize("process", [True, False])
+def test_a_move_that_was_being_taken_back_never_grants(process: bool) -> None:
+    running = msgspec.structs.replace(undoing(), guest_runs=True)
+    after, effects = again(running, found(process=process, rebooted=not process))
+    assert (after.step, after.hold.right) == (S.UNDOING, SourceRight.HOLDS)
+    assert effects == [ef.SetTimer, ef.UndoSource]
+    assert after.guest_runs is process
+
+
+@pytest.mark.parametrize(
+    ("step", "process", "migration", "rebooted"),
+    list(itertools.product(LIVE, (True, False), ("", "active", "completed", "failed"), (True, False))),
+)
+def test_no_evidence_makes_a_granted_source_run(
+    step: SourceStep, process: bool, migration: str, rebooted: bool
+) -> None:
+    """And its state always goes back into the journal and out of it."""
+    state = at(step).state
+    after, effects = recover.recover_source(state, found(process=process, migration=migration, rebooted=rebooted))
+    assert ef.Cont not in kinds(effects)
+    if state.hold.right in (SourceRight.GRANTED, SourceRight.YIELDED):
+        assert after.hold.right is state.hold.right
+        assert ef.UndoSource not in kinds(effects)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(after), type=SourceState) == after
+
+
+# --- target
+
+
+def take(state: TargetState, evidence: facts.Restarted) -> tuple[TargetState, list[type[ef.Effect]]]:
+    after, effects = recover.recover_target(state, evidence)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(after), type=TargetState) == after
+    return after, kinds(effects)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_what_was_being_made_ready_is_refused_and_undone(kernel: bool) -> None:
+    after, effects = take(Driven(kernel=kernel).state, found(process=False))
+    assert after.hold.right is TargetRight.REFUSED
+    assert effects[0] is ef.Journal
+    assert ef.UndoTarget in effects
+
+
+@pytest.mark.parametrize(("migration", "transferred"), [("", False), ("active", False), ("completed", True)])
+def test_an_incoming_qemu_goes_on_waiting(migration: str, transferred: bool) -> None:
+    after, effects = take(waiting().state, found(status="inmigrate", migration=migration))
+    assert (after.step, after.transferred, after.granted_epoch) == (T.WAITING, transferred, None)
+    assert effects == [ef.SetTimer, ef.SetTimer]
+
+
+@pytest.mark.parametrize("migration", ["failed", "cancelled"])
+def test_a_failed_migration_is_refused(migration: str) -> None:
+    assert take(waiting().state, found(migration=migration))[0].hold.right is TargetRight.REFUSED
+
+
+def test_a_waiting_qemu_that_is_gone_has_not_run_unless_the_host_rebooted() -> None:
+    assert take(loaded().state, found(process=False))[0].hold.right is TargetRight.REFUSED
+    after, effects = take(loaded().state, found(process=False, rebooted=True))
+    assert (after.step, after.outcome) == (T.STANDING, Outcome.NEEDS_OPERATOR)
+    assert effects == [ef.Journal, ef.NeedOperator]
+
+
+def test_what_was_about_to_run_runs_or_is_owned() -> None:
+    after, effects = take(starting().state, found(status="paused", migration="completed"))
+    assert after.hold.right is TargetRight.OWNS
+    assert effects[:2] == [ef.Journal, ef.Cont]
+    after, effects = take(starting().state, found(process=False))
+    assert (after.step, after.hold.right) == (T.SETTLING, TargetRight.OWNS)
+    assert ef.Adopt in effects
+
+
+def test_what_ran_is_adopted() -> None:
+    assert ef.Adopt in take(settling().state, found(status="running"))[1]
+
+
+def test_what_stands_goes_on_standing() -> None:
+    assert take(standing().state, found(process=False)) == (
+        msgspec.structs.replace(standing().state, connected=False),
+        [],
+    )
+
+
+def test_a_refusal_is_undone_again_whatever_was_under_way() -> None:
+    driven = Driven().hears(Abort(epoch=1, error=ERROR))
+    assert driven.state.preparing
+    after, effects = take(driven.state, found(process=True))
+    assert effects == [ef.SetTimer, ef.UndoTarget]
+    assert not after.preparing
+
+
+def test_an_end_that_was_cut_short_is_ended() -> None:
+    driven = waiting().hears(Abort(epoch=1, error=ERROR)).told(facts.Undone(at_ms=1))
+    assert take(driven.state, found(process=False))[1] == [ef.Finish]
+
+
+# --- what is said of moves that have ended
+
+
+def ended(outcome: Outcome, *, error: bool = True) -> MoveReport:
+    report = at(S.MEMORY).told(facts.QemuGone(at_ms=1, error=ERROR)).state
+    from kvmhv.core.source_state import report as show  # noqa: PLC0415 - the name is a fixture's everywhere else
+
+    return msgspec.structs.replace(show(report, 1), outcome=outcome, error=ERROR if error else None)
+
+
+def test_what_a_target_says_of_an_ended_move() -> None:
+    assert recover.answer_as_target(ended(Outcome.DONE), 3, "host2") == Owned(epoch=3)
+    assert recover.answer_as_target(ended(Outcome.FAILED), 3, "host2") == Refused(epoch=3, error=ERROR)
+    unnamed = recover.answer_as_target(ended(Outcome.CANCELLED, error=False), 3, "host2")
+    assert isinstance(unnamed, Refused)
+    assert unnamed.error.code == "move-ended"
+    assert isinstance(recover.answer_as_target(None, 3, "host2"), Unknown)
+
+
+def test_what_a_source_says_of_an_ended_move() -> None:
+    done = ended(Outcome.DONE)
+    assert recover.answer_as_source(done, 3, "host1") == Finished(epoch=3, report=done)
+    assert recover.answer_as_source(ended(Outcome.CANCELLED), 3, "host1") == Abort(epoch=3, error=ERROR)
+    unnamed = recover.answer_as_source(ended(Outcome.FAILED, error=False), 3, "host1")
+    assert isinstance(unnamed, Abort)
+    assert unnamed.error.code == "move-ended"
+    assert recover.answer_as_source(None, 3, "host1") is None
