@@ -71,7 +71,7 @@ function changeMove(card, move) {
   const now = performance.now() / 1000;
   if (!histories.has(move.id)) histories.set(move.id, new History(move, now));
   const history = histories.get(move.id);
-  history.add(move, now);
+  if (move.phase === "storage" || move.phase === "memory") history.add(move, now);
   const percent = Math.round(move.progress * 100);
   const bar = card.querySelector(".bar");
   bar.setAttribute("aria-valuenow", String(percent));
@@ -95,7 +95,9 @@ function changeMove(card, move) {
   put(card, ".expectation", move.reason ?? (seen
     ? `${low}${limit ? "the guest dirties too fast: the pass limit" : "the threshold"} will end the passes after pass ${seen.passes}`
     : ""));
-  draw(card.querySelector("svg"), history, move.vm);
+  const svg = card.querySelector("svg");
+  svg.classList.toggle("empty", history.samples.length < 2);
+  if (history.samples.length > 1) draw(svg, history, move.vm);
   if (phases.get(move.id) !== move.phase) {
     phases.set(move.id, move.phase);
     tell(`${move.vm}: ${move.phase} phase`);
@@ -223,7 +225,7 @@ $("login").addEventListener("submit", async (event) => {
   if (!answer.ok) { put(document, "#login-problem", "This token is not valid here."); $("token").select(); return; }
   $("token").value = "";
   await begin();
-  $("content").focus();
+  $("content").focus({ preventScroll: true });
 });
 
 $("logout").addEventListener("click", async () => {

@@ -1,7 +1,7 @@
 // The moving plot of one running move: what remains, and how fast memory is sent and dirtied.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 900, LEFT = 78, RIGHT = 8, HEIGHT = 92, TOP = 22, GAP = 40;
+const WIDTH_MIN = 280, LEFT = 78, RIGHT = 8, HEIGHT = 92, TOP = 22, GAP = 40;
 const SAMPLES_MAX = 1200;
 const WINDOW_S = 120;
 
@@ -58,12 +58,13 @@ export class History {
 
 export function draw(svg, history, name) {
   const samples = history.samples;
+  const width = Math.max(WIDTH_MIN, svg.clientWidth);
   const first = samples[0].at, last = samples[samples.length - 1].at;
   const span = Math.max(last - first, 1);
   const lower = TOP + HEIGHT + GAP;
   const topLeft = roundUp(Math.max(1, ...samples.map((one) => one.left)));
   const topRate = roundUp(Math.max(1, ...samples.map((one) => Math.max(one.sent, one.dirty))));
-  const x = (at) => LEFT + (WIDTH - LEFT - RIGHT) * (at - first) / span;
+  const x = (at) => LEFT + (width - LEFT - RIGHT) * (at - first) / span;
   const line = (key, top, y) => samples.map((one, index) =>
     `${index ? "L" : "M"}${x(one.at).toFixed(1)} ${(y + HEIGHT * (1 - Math.min(1, one[key] / top))).toFixed(1)}`).join(" ");
   const left = line("left", topLeft, TOP);
@@ -71,7 +72,7 @@ export function draw(svg, history, name) {
   for (const [y, top, unit] of [[TOP, topLeft, ""], [lower, topRate, "/s"]]) {
     for (const share of [0, 0.5, 1]) {
       const at = y + HEIGHT * share;
-      parts.push(element("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at }));
+      parts.push(element("line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: at, y2: at }));
       parts.push(element("text", { class: "end", x: LEFT - 8, y: at + 4 }, size(top * (1 - share)) + unit));
     }
   }
@@ -85,6 +86,7 @@ export function draw(svg, history, name) {
   parts.push(element("text", { x: LEFT, y: 12 }, "remaining"));
   parts.push(element("text", { class: "key-sent", x: LEFT, y: lower - 12 }, "■ sent"));
   parts.push(element("text", { class: "key-dirty", x: LEFT + 66, y: lower - 12 }, "■ dirtied by the guest"));
-  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${lower + HEIGHT + 8}`);
+  svg.setAttribute("height", lower + HEIGHT + 8);
+  svg.setAttribute("viewBox", `0 0 ${width} ${lower + HEIGHT + 8}`);
   svg.replaceChildren(...parts);
 }

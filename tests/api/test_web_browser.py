@@ -1,0 +1,136 @@
+"""The live page in a real browser: sign in by keyboard, a move as it goes, its end, sign out, light and dark."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvmhv.model import Estimate, Mode, Outcome, Pass, Phase, Switchover
+from tests.browser import DRIVER, Browser, browser
+
+pytestmark = [
+    pytest.mark.skipif(DRIVER is None, reason="needs chromium-driver (script/setup --dev installs it)"),
+    pytest.mark.timeout(180),
+]
+
+MIB = 1024**2
+ENTER, TAB = "\ue007", "\ue004"
+ESTIMATE = Estimate(
+    seconds_low=8, seconds_likely=12.5, seconds_high=75, passes=10, switchover="pass-limit", blackout_ms=2400
+)
+
+
+def one_pass(number: int) -> Pass:
+    return Pass(
+        number=number,
+        sent_bytes=100 * MIB,
+        remaining_bytes=90 * MIB,
+        dirty_bytes_per_second=45.0 * MIB,
+        bytes_per_second=50.0 * MIB,
+        seconds=2.0,
+    )
+
+
+async def test_the_page_in_a_browser(make_host: Any, move_report: Any, tmp_path: Path) -> None:
+    host = await make_host("host1")
+    async with host.local() as local, local.post("/v1/host/tokens", json={"name": "wall"}) as response:
+        token = (await response.json())["token"]
+    running = msgspec.structs.replace(
+        move_report("m1"),
+        vm="web01",
+        source="host1",
+        target="host2",
+        outcome=Outcome.RUNNING,
+        mode=Mode.SHARED_STORAGE,
+        phase=Phase.MEMORY,
+        passes=(one_pass(1),),
+        progress=0.25,
+        remaining_bytes=90 * MIB,
+        throughput_bytes_per_s=50.0 * MIB,
+        dirty_bytes_per_s=45.0 * MIB,
+        estimate=ESTIMATE,
+        ended_at=None,
+    )
+    loop = asyncio.get_running_loop()
+
+    def change(*reports: Any) -> None:
+        """What the host shows from now on; the agent lives in another thread than the browser."""
+        loop.call_soon_threadsafe(lambda: host.moves.reports.__setitem__(slice(None), list(reports)))
+
+    await asyncio.to_thread(_look, f"https://{host.address}/", token, running, change, tmp_path)
+
+
+def _look(url: str, token: str, running: Any, change: Any, tmp_path: Path) -> None:
+    with browser() as window:
+        window.size(1100, 1000)
+        window.open(url)
+        _sign_in(window, token)
+        assert window.run("return location.href") == url, "no token in a URL"
+        cookie = next(one for one in window.cookies() if one["name"] == "kvmhv_page")
+        assert (cookie["httpOnly"], cookie["sameSite"], cookie["secure"]) == (True, "Strict", True)
+        assert window.run("return document.cookie") == ""
+        assert window.wait("return document.getElementById('state').textContent") == "live"
+        _a_move(window, running, change)
+        _keyboard(window)
+        window.screenshot(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 20_000
+        complaints = [one for one in window.complaints() if "401" not in one]
+        assert complaints == []
+        window.run("document.getElementById('logout').click()")
+        window.wait("return !document.getElementById('login').hidden")
+        assert window.cookies() == []
+    with browser("--blink-settings=preferredColorScheme=0") as dark:
+        dark.open(url)
+        assert dark.run("return getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 28)"
+
+
+def _sign_in(window: Browser, token: str) -> None:
+    window.wait("return !document.getElementById('login').hidden && document.activeElement.id === 'token'")
+    window.type("kvmhv_wrong" + ENTER)
+    window.wait("return document.getElementById('login-problem').textContent.includes('not valid')")
+    window.type(token + ENTER)
+    window.wait("return !document.getElementById('page').hidden")
+    assert window.run("return document.getElementById('token').value") == ""
+
+
+def _a_move(window: Browser, running: Any, change: Any) -> None:
+    change(running)
+    text = window.wait("return document.querySelector('.move')?.innerText")
+    for word in ("web01", "host1 → host2", "memory, 25 %", "about 13 s", "50 MiB/s", "2400 ms", "the pass limit"):
+        assert word in text, text
+    later = msgspec.structs.replace(running, passes=(*running.passes, one_pass(2)), progress=0.5)
+    change(later)
+    window.wait("return document.querySelector('.move .f-pass').textContent === '3'")
+    bar = "return document.querySelector('[role=progressbar]').getAttribute('aria-valuenow')"
+    assert window.run(bar) == "50"
+    before = window.run("return document.querySelector('.move path.left').getAttribute('d')")
+    change(msgspec.structs.replace(later, remaining_bytes=40 * MIB))
+    window.wait("return document.querySelector('.move path.left').getAttribute('d') !== arguments[0]", before)
+    change(
+        msgspec.structs.replace(
+            later, phase=Phase.STATE, estimate=None, switchover=Switchover(reason="pass-limit", pass_number=2)
+        )
+    )
+    window.wait("return document.getElementById('told').textContent === 'web01: state phase'")
+    change()
+    window.wait("return !document.querySelector('.move') && !document.getElementById('no-moves').hidden")
+
+
+def _keyboard(window: Browser) -> None:
+    """Everything that can be used is reached by Tab and shows that it has the focus."""
+    window.run("document.activeElement.blur()")
+    seen = []
+    for _ in range(8):
+        window.type(TAB)
+        seen.append(window.run("const one = document.activeElement; return one.className || one.id"))
+    assert {"skip", "logout", "scroll"} <= set(seen), seen
+    window.run("document.getElementById('logout').focus()")
+    assert window.run("return document.querySelector(':focus-visible') !== null")
+    names = window.run(
+        "return [...document.querySelectorAll('[role=region],[role=img],[role=progressbar],section,input')].map("
+        "(one) => one.getAttribute('aria-label') || one.getAttribute('aria-labelledby') || one.labels?.length || "
+        "one.querySelector('title') !== null)"
+    )
+    assert all(names), "everything has a name for screen readers"
