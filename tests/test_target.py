@@ -161,6 +161,13 @@ def test_what_is_being_prepared_is_taken_back_when_it_is_known(answer: facts.Fac
     assert driven.told(facts.Undone(at_ms=2)).final().outcome is Outcome.FAILED
 
 
+def test_a_prepare_that_fails_is_undone_at_once() -> None:
+    driven = Driven().told(facts.Failed(at_ms=1, effect="Prepare", error=ERROR))
+    assert driven.state.hold.right is TargetRight.REFUSED
+    assert ef.UndoTarget in driven.kinds()
+    assert driven.told(facts.Undone(at_ms=2)).final().error == ERROR
+
+
 def test_a_prepare_that_never_answers_is_undone_all_the_same() -> None:
     driven = Driven().hears(Abort(epoch=1, error=ERROR)).told(facts.TimerFired(at_ms=1, name="step"))
     assert ef.UndoTarget in driven.kinds()

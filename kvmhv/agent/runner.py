@@ -84,9 +84,16 @@ class Runner:
     def put(self, fact: facts.Fact) -> None:
         """Hand a fact in. A full queue means that something floods this move: the fact is dropped and logged."""
         try:
-            self._facts.put_nowait(fact)
+            self._facts.put_nowait(self._located(fact))
         except asyncio.QueueFull:
             self._log.error("too many facts wait", fact=type(fact).__name__)
+
+    def _located(self, fact: facts.Fact) -> facts.Fact:
+        """An error that names no host happened on this one; it is told on the other side too."""
+        if not isinstance(fact, facts.Failed | facts.MemoryFailed | facts.QemuGone) or fact.error.host is not None:
+            return fact
+        here = self.state.source if isinstance(self.state, SourceState) else self.state.target
+        return msgspec.structs.replace(fact, error=msgspec.structs.replace(fact.error, host=here))
 
     def put_event(self, event: QemuEvent) -> None:
         """Hand in what QEMU said; events are turned into facts in their order."""

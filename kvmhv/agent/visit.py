@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import structlog
 
 from kvmhv.agent.link import Link
@@ -92,7 +93,8 @@ class Visit:
 
     def _refuse(self, epoch: int, error: KvmhvError) -> None:
         log.warning("refused a move", source=self._hello.host, move=self._hello.move_id, error=str(error))
-        self.link.send(Refused(epoch=epoch, error=error.body()))
+        body = error.body()
+        self.link.send(Refused(epoch=epoch, error=msgspec.structs.replace(body, host=body.host or self._host)))
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

@@ -362,6 +362,8 @@ def _standing_granted(state: TargetState, fact: facts.Fact) -> Result:
 
 def _failed(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.Failed | facts.QemuGone | facts.MemoryFailed)
+    if isinstance(fact, facts.Failed) and fact.effect == Prepare.__name__:
+        state = update(state, preparing=False)  # it has answered: there is nothing to wait for before the undoing
     return refuse(state, fact.error)
 
 
