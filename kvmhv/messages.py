@@ -6,6 +6,8 @@ Target to source: Answer, FilesWanted, Ready, Running, Owned, Refused, Unknown.
 Every message can be repeated: a connection that broke is made again and each side repeats what the other may lack.
 """
 
+import msgspec
+
 from kvmhv.model import ErrorBody, IncomingAddress, Inventory, MoveReport, MoveRequest, Plan, Struct, Vm
 
 
@@ -13,17 +15,40 @@ class Message(Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
     """Base of all messages."""
 
 
+class Nonce(Struct, frozen=True, kw_only=True):
+    """A record that the source has just written at a location: the target is to read it there."""
+
+    location: str
+    name: str
+
+
+class Proof(Struct, frozen=True, kw_only=True):
+    """What the target read at a location, and the record that it wrote there for the source to read."""
+
+    location: str
+    read: str = ""
+    """Content of the source's nonce, hex."""
+    name: str = ""
+    digest: str = ""
+    """SHA-256 of the content of its own nonce."""
+    identities: dict[str, str] = msgspec.field(default_factory=dict)
+    """LUNs: what each of the VM's calls itself, by its path."""
+    error: str = ""
+
+
 class Enquire(Message, frozen=True, kw_only=True):
     """Could this VM come to you? Allocates nothing at the target."""
 
     vm: Vm
     request: MoveRequest
+    nonces: tuple[Nonce, ...] = ()
 
 
 class Answer(Message, frozen=True, kw_only=True):
     """The target's inventory, with its refusal if its settings say no."""
 
     inventory: Inventory
+    proofs: tuple[Proof, ...] = ()
 
 
 class Offer(Message, frozen=True, kw_only=True):

@@ -129,8 +129,27 @@ def test_a_disk_that_both_hosts_see_does_not_travel() -> None:
     assert not checks.moves(VM.disks[0], source, target)
     assert ids(source, target, change(REQUEST, include_storage=False)) == []
     assert checks.moves(VM.disks[0], source, TARGET)
-    elsewhere = change(target, locations=(change(target.locations[0], shared_id="nfs-2"),))
-    assert checks.moves(VM.disks[0], source, elsewhere)
+    unproven = change(source, proven_shared=(), not_shared={"default": "it does not see it"})
+    assert checks.moves(VM.disks[0], unproven, target)
+    assert ids(unproven, target, change(REQUEST, include_storage=False)) == ["storage-differs"]
+    assert ids(unproven, target) == ["storage-differs"]
+
+
+def test_a_mount_that_caches_is_not_for_a_disk_that_stays_on_it() -> None:
+    source, target = examples.shared(SOURCE), examples.shared(TARGET)
+    caching = change(target, locations=(change(target.locations[0], unsafe=("cifs caches",)),))
+    assert ids(source, caching) == ["storage-unsafe"]
+
+
+def test_a_disk_that_both_hosts_see_can_go_elsewhere_while_the_vm_moves() -> None:
+    source, target = examples.shared(SOURCE), examples.shared(TARGET)
+    fast = change(target.locations[0], name="fast", shared_id=None)
+    target = change(target, locations=(*target.locations, fast))
+    request = change(REQUEST, storage="fast")
+    assert checks.moves(VM.disks[0], source, target, request)
+    assert ids(source, target, request) == []
+    lun = change(target, locations=(*target.locations, change(fast, name="san", kind="iscsi", shared_id="iscsi")))
+    assert ids(source, lun, change(REQUEST, storage="san")) == ["lun-not-chosen"]
 
 
 def test_a_named_location_is_where_the_space_is_looked_for() -> None:

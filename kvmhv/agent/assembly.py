@@ -21,7 +21,9 @@ from kvmhv.agent.locations import Locations
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.moves import Moves
 from kvmhv.agent.open_moves import OpenMoves
+from kvmhv.agent.owners import Owners
 from kvmhv.agent.settings import Settings
+from kvmhv.agent.sharing import Sharing
 from kvmhv.agent.timed_journal import TimedJournal
 from kvmhv.agent.vm_states import VmStates
 from kvmhv.agent.vms import Vms
@@ -67,7 +69,9 @@ class Agent:
         self._locations = locations = Locations(config, host_id, database, disks)
         network = LinuxNetwork(config)
         images = Images(config, database, disks)
-        self._vms = vms = Vms(config, database, qemu, disks, network, images)
+        self._owners = owners = Owners(config.name, host_id, disks)
+        self._sharing = Sharing(disks)
+        self._vms = vms = Vms(config, database, qemu, disks, network, images, owners)
         self._open_moves = open_moves = OpenMoves(
             config=config,
             vms=vms,
@@ -87,6 +91,8 @@ class Agent:
             journal=journal,
             clock=clock,
             inventories=Inventories(config, host_id, settings, vms, qemu, disks, network),
+            sharing=self._sharing,
+            owners=owners,
             open_moves=open_moves,
             log_of_events=log_of_events,
         )
@@ -144,6 +150,8 @@ class Agent:
                 await self._other_hosts.close()
                 await self._open_moves.close()
                 await self._locations.close()
+                await self._owners.close()
+                await self._sharing.close()
                 await self._vms.close()
                 await self._qemu.close()
         except TimeoutError:

@@ -22,7 +22,8 @@ from kvmhv.drivers.storage.storage import Attached, Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume, LunVolume, NfsVolume, Volume
 from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
 from kvmhv.model import Access, Location, LocationKind, LocationReport, LocationSpec, Problem, Severity
-from kvmhv.ports import Lun, Records
+from kvmhv.places import Lun
+from kvmhv.ports import Records
 
 log = structlog.get_logger(__name__)
 

@@ -17,8 +17,10 @@ from kvmhv.agent.events import Events
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.link import HELLO_S, Link
 from kvmhv.agent.open_moves import OpenMoves
+from kvmhv.agent.owners import Owners
 from kvmhv.agent.runner import Runner
 from kvmhv.agent.settings import Settings
+from kvmhv.agent.sharing import Sharing
 from kvmhv.agent.visit import Visit
 from kvmhv.agent.vms import Vms
 from kvmhv.config import PROFILES, Config
@@ -26,13 +28,16 @@ from kvmhv.core import admission, checks, facts, plan
 from kvmhv.core.handover import SourceHold, TargetHold
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState, TargetStep
-from kvmhv.errors import CallerError, KvmhvError, PeerBroke, Refused
-from kvmhv.messages import Enquire, Offer
+from kvmhv.errors import CallerError, KvmhvError, MoveFailed, PeerBroke, Refused
+from kvmhv.messages import Answer, Enquire, Offer, Proof
 from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
 from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello, read_hello
 
 log = structlog.get_logger(__name__)
+
+Written = list[Proof]
+"""What a connection has made this host write for it."""
 
 CANCEL_WAIT_S = 60.0
 PASSES_MAX = 1000
@@ -52,6 +57,8 @@ class Moves:
         journal: Journal,
         clock: Clock,
         inventories: Inventories,
+        sharing: Sharing,
+        owners: Owners,
         open_moves: OpenMoves,
         log_of_events: Events,
     ) -> None:
@@ -63,6 +70,8 @@ class Moves:
         self._journal = journal
         self._clock = clock
         self._inventories = inventories
+        self._sharing = sharing
+        self._owners = owners
         self._open = open_moves
         self._events = log_of_events
 
@@ -72,8 +81,7 @@ class Moves:
         """Check a move and plan it; changes nothing on either host."""
         vm = self._checked_vm(request)
         here = await self._inventory_of(vm, dirty_rate=True)
-        hello = Hello(move_id=str(uuid.uuid4()), host=self._config.name, role=SOURCE, epoch=vm.epoch + 1)
-        there = await enquire(self._peer, self._clock, hello, vm, request, self._config.timeouts.answer_s)
+        here, there = await self._prove(here, vm, request)
         findings = checks.check(vm, request, here, there)
         refusals = [self._admit_out(vm, request), there.refusal]
         findings = (*(_as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
@@ -123,8 +131,12 @@ class Moves:
                 throughput_bytes_per_s=self._throughput(request.target),
                 asked=asked,
             )
+            inventory = await self._proven(state.inventory, vm, request)
+            state = msgspec.structs.replace(state, inventory=inventory)
+            await self._owners.begin_move(vm, request.target)
         except BaseException:
             self._vms.release(vm.name, move_id)
+            self._vms.disks.settle_owner(vm)
             raise
         log.info("move asked for", move=move_id, vm=vm.name, target=request.target, caller=str(asked))
         runner = self._open.leave(state)
@@ -201,16 +213,20 @@ class Moves:
         if runner is not None and runner.link is not None:
             await runner.link.serve(connection, first_frame)
             return
+        written: Written = []
         visit = Visit(
             connection,
             hello,
             self._config.name,
             self._clock,
             self._ended(hello.move_id),
-            lambda message: self._answer(connection, message),
+            lambda message: self._answer(connection, message, written),
             lambda offer, link: self._accept(connection, hello, offer, link),
         )
-        await visit.serve(first_frame)
+        try:
+            await visit.serve(first_frame)
+        finally:
+            self._sharing.forget_later(tuple(written))
 
     async def receive_file(self, peer_name: str, move_id: str, name: str, chunks: AsyncIterator[bytes]) -> None:
         """Keep a kernel file of an incoming VM. Raises CallerError `file-not-wanted`, `file-damaged`."""
@@ -241,11 +257,13 @@ class Moves:
 
     # --- as target
 
-    async def _answer(self, connection: PeerConnection, message: Enquire) -> Inventory:
-        return await self._inventories.make(
+    async def _answer(self, connection: PeerConnection, message: Enquire, written: Written) -> Answer:
+        written.extend(await self._sharing.prove(message.vm, message.nonces))
+        inventory = await self._inventories.make(
             promised_bytes=self._open.promised_bytes(),
             refusal=self._admit_in(connection, with_storage=message.request.include_storage and bool(message.vm.disks)),
         )
+        return Answer(inventory=inventory, proofs=tuple(written))
 
     async def _accept(self, connection: PeerConnection, hello: Hello, offer: Offer, link: Link) -> Runner:
         """Let an offer in, or raise why not; nothing is allocated before."""
@@ -301,6 +319,26 @@ class Moves:
         """Return this host's inventory; an estimate waits for the dirty rate, a move does not."""
         seen = await self._hypervisor.state(vm.id)
         return await self._inventories.make(running=vm if seen.process else None, dirty_rate=dirty_rate)
+
+    async def _prove(self, here: Inventory, vm: Vm, request: MoveRequest) -> tuple[Inventory, Inventory]:
+        """Ask the target for its inventory, and prove what both hosts see (agent/sharing.py)."""
+        challenge = await self._sharing.challenge(vm)
+        proofs: tuple[Proof, ...] = ()
+        hello = Hello(move_id=str(uuid.uuid4()), host=self._config.name, role=SOURCE, epoch=vm.epoch + 1)
+        question = Enquire(vm=vm, request=request, nonces=challenge.nonces)
+        try:
+            answer = await enquire(self._peer, self._clock, hello, question, self._config.timeouts.answer_s)
+            proofs = answer.proofs
+            return await self._sharing.conclude(here, vm, challenge, proofs), answer.inventory
+        finally:
+            await self._sharing.withdraw(challenge, proofs)
+
+    async def _proven(self, here: Inventory, vm: Vm, request: MoveRequest) -> Inventory:
+        """Return this host's inventory with the proofs; a target that cannot be reached is the move's to tell."""
+        if self._sharing.locations(vm):
+            with contextlib.suppress(MoveFailed, CallerError, Refused):
+                return (await self._prove(here, vm, request))[0]
+        return here
 
     def _rule(self, request: MoveRequest) -> Rule:
         settings = self._settings.current

@@ -178,6 +178,7 @@ class OpenMoves:
             await asyncio.gather(connecting, return_exceptions=True)
         self._runners.pop((state.move_id, runner.machine.role), None)
         self._vms.release(state.vm.name, state.move_id)
+        self._vms.disks.settle_owner(state.vm)
         log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
         self._chronicle.ended(report)
         gap = self._gaps.pop(state.move_id, None) if not leaving else None

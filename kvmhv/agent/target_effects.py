@@ -20,6 +20,7 @@ class TargetMachine:
 
     def __init__(self, state: TargetState, hypervisor: Hypervisor, vms: Vms, clock: Clock, gap: NetworkGap) -> None:
         self._vm = state.vm
+        self._source = state.source
         self._psk_hex = state.psk_hex
         self._hypervisor = hypervisor
         self._vms = vms
@@ -55,6 +56,7 @@ class TargetMachine:
 
     async def _prepare(self, effect: Prepare) -> facts.Fact:
         arriving = tuple(copy.disk for copy in effect.plan.disk_copies)
+        await self._vms.disks.expect(self._vm, self._source, arriving)
         await self._vms.make_disks(self._vm, arriving)
         taps = await self._vms.ensure_taps(self._vm)
         await self._gap.open(taps)

@@ -11,7 +11,7 @@ from kvmhv.agent.runner import Runner
 from kvmhv.core import recover
 from kvmhv.errors import KvmhvError
 from kvmhv.messages import Abort, Answer, AnyMessage, Enquire, FilesSent, Finished, Grant, MirrorsEnded, Offer, Refused
-from kvmhv.model import ErrorBody, Inventory, MoveReport, Outcome
+from kvmhv.model import ErrorBody, MoveReport, Outcome
 from kvmhv.ports import Clock, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
@@ -31,7 +31,7 @@ class Visit:
         own_name: str,
         clock: Clock,
         ended: MoveReport | None,
-        inventory: Callable[[Enquire], Awaitable[Inventory]],
+        answer: Callable[[Enquire], Awaitable[Answer]],
         accept: Callable[[Offer, Link], Awaitable[Runner]],
     ) -> None:
         """`hello` is the visitor's; `ended` the report of the move if it has ended here."""
@@ -39,7 +39,7 @@ class Visit:
         self._hello = hello
         self._host = own_name
         self._ended = ended
-        self._inventory = inventory
+        self._make_answer = answer
         self._accept = accept
         self._tasks: set[asyncio.Task[None]] = set()
         own_role = TARGET if hello.role == SOURCE else SOURCE
@@ -79,7 +79,7 @@ class Visit:
 
     async def _answer(self, message: Enquire) -> None:
         try:
-            self.link.send(Answer(inventory=await self._inventory(message)))
+            self.link.send(await self._make_answer(message))
         except KvmhvError as error:
             self._refuse(self._hello.epoch, error)
 

@@ -12,12 +12,14 @@ from typing import Protocol
 import msgspec
 
 from kvmhv.agent.images import Images
+from kvmhv.agent.owners import Owners
 from kvmhv.agent.vm_records import VmRecords
 from kvmhv.core.vm_spec import belongs_to_vm, check_disk_size, layer_path
 from kvmhv.drivers.storage.qemu_img import CHAIN_MAX, ImageFile
 from kvmhv.errors import CallerError, HostError, KvmhvError
 from kvmhv.model import Disk, DiskFormat, DiskSpec, Layer, Struct, Vm, VmSpec
-from kvmhv.ports import DiskPlace, Disks, Records
+from kvmhv.places import DiskPlace
+from kvmhv.ports import Disks, Records
 
 KIND = "disks-made"
 DEFAULT_LOCATION = "default"
@@ -63,7 +65,9 @@ class Ledger(Struct, frozen=True, kw_only=True):
 class VmDisks:
     """The disks of this host's VMs."""
 
-    def __init__(self, records: Records, disks: ImageDisks, images: Images) -> None:
+    def __init__(self, records: Records, disks: ImageDisks, images: Images, owners: Owners | None) -> None:
+        """`owners`: keeps who runs VMs whose disks other hosts see; None where no disk is such a one."""
+        self._owners = owners
         self._records = records
         self._vms = VmRecords(records)
         self._disks = disks
@@ -142,6 +146,33 @@ class VmDisks:
         found = [(key, msgspec.json.decode(value, type=Ledger)) for key, value in self._records.all(KIND)]
         return tuple(key for key, ledger in found if not ledger.arriving)
 
+    # --- disks that other hosts see
+
+    async def claim(self, vm: Vm, *, take_over: bool) -> None:
+        """Own them before the VM is started. Raises as Owners.claim."""
+        if self._owners is not None:
+            await self._owners.claim(vm, take_over=take_over)
+
+    async def let_go(self, vm: Vm) -> None:
+        """The VM was stopped: any host may start it."""
+        if self._owners is not None:
+            await self._owners.let_go(vm)
+
+    async def expect(self, vm: Vm, source: str, arriving: Collection[str]) -> None:
+        """See the source's record beside the disks that stay where they are. Raises HostError `not-shared`."""
+        if self._owners is not None:
+            await self._owners.expect(vm, source, {disk.name for disk in vm.disks} - set(arriving))
+
+    def settle_owner(self, vm: Vm) -> None:
+        """Whoever has the VM defined, as it was moved, says beside its disks that it owns them."""
+        record = self._vms.get(vm.id)
+        if record is not None and self._owners is not None:
+            self._owners.settle_soon(record.vm, lambda: self._defined(record.vm))
+
+    def _defined(self, vm: Vm) -> bool:
+        record = self._vms.get(vm.id)
+        return record is not None and record.vm.epoch == vm.epoch and record.should_run
+
     # ---
 
     async def _make_disk(self, vm_id: str, vm_name: str, name: str, spec: DiskSpec) -> tuple[int, tuple[Layer, ...]]:
@@ -175,9 +206,7 @@ class VmDisks:
         await self._make(vm_id, top, partial(self._disks.create, top, size_bytes, layers[0]))
         return size_bytes, (top, *layers)
 
-    async def _make_on_lun(
-        self, vm_id: str, name: str, spec: DiskSpec, location: str
-    ) -> tuple[int, tuple[Layer, ...]]:
+    async def _make_on_lun(self, vm_id: str, name: str, spec: DiskSpec, location: str) -> tuple[int, tuple[Layer, ...]]:
         """Take a LUN as it is, or write an empty image or a copy onto it: only if nobody owns it."""
         if spec.lun is None or not self._disks.has_luns(location):
             text = f"{name}: lun= and a location of kind iscsi go together"

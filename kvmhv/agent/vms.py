@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.agent.images import Images
+from kvmhv.agent.owners import Owners
 from kvmhv.agent.vm_claims import Claims
 from kvmhv.agent.vm_disks import ImageDisks, VmDisks
 from kvmhv.agent.vm_ends import VmEnds
@@ -25,7 +26,8 @@ from kvmhv.core import vm_spec
 from kvmhv.drivers.host import boot_id, cpu_count
 from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
 from kvmhv.model import DirectKernel, Vm, VmDetails, VmSpec, VmState, VmSummary
-from kvmhv.ports import DiskPlace, Hypervisor, Network, Records, RunState
+from kvmhv.places import DiskPlace
+from kvmhv.ports import Hypervisor, Network, Records, RunState
 
 RUNNING_STATUSES = frozenset({"running"})
 INCOMING_STATUSES = frozenset({"inmigrate"})
@@ -42,12 +44,13 @@ class Vms:
         disks: ImageDisks,
         network: Network,
         images: Images,
+        owners: Owners | None = None,
     ) -> None:
         self._config = config
         self._records = VmRecords(records)
         self._hypervisor = hypervisor
         self._locations = disks
-        self._disks = VmDisks(records, disks, images)
+        self._disks = self.disks = VmDisks(records, disks, images, owners)
         self._network = network
         self._images = images
         self._claims = Claims()
@@ -70,6 +73,7 @@ class Vms:
         known = await self._hypervisor.known()
         for record in self._records.all():
             if record.vm.id in known:
+                self._disks.settle_owner(record.vm)
                 if not record.should_run:  # the agent ended between the start and its record
                     self._records.put(msgspec.structs.replace(record, should_run=True, exit_reason=None))
             else:
@@ -108,16 +112,17 @@ class Vms:
             self._disks.keep(vm_id)
         return await self.show(spec.name)
 
-    async def start(self, name: str) -> VmDetails:
+    async def start(self, name: str, *, take_over: bool = False) -> VmDetails:
         """Start a VM; no error if it runs. After an error it is stopped, without taps.
 
-        Raises CallerError `vm-unknown`, `vm-paused`; HostError `qemu-start`, `disk-missing`.
+        `take_over`: also if a host that is surely dead owns its disks. Raises CallerError `vm-unknown`, `vm-paused`;
+        Refused as Owners.claim; HostError `qemu-start`, `disk-missing`.
         """
         async with self._claims.operation(name, "start"):
             record = self._records.named(name)
             state = await self._hypervisor.state(record.vm.id)
             if not state.process:
-                await self._start(record)
+                await self._start(record, take_over=take_over)
             elif _shown(state) is not VmState.RUNNING:
                 raise CallerError(
                     "vm-paused",
@@ -151,6 +156,7 @@ class Vms:
                 self._records.put(msgspec.structs.replace(record, should_run=False))
             self._ends.forget(record.vm.id)
             await self.drop_taps(record.vm)
+            await self._disks.let_go(record.vm)
         return await self.show(name)
 
     async def remove(self, name: str, *, keep_disks: bool) -> None:
@@ -280,8 +286,9 @@ class Vms:
 
     # ---
 
-    async def _start(self, record: VmRecord) -> None:
+    async def _start(self, record: VmRecord, *, take_over: bool) -> None:
         vm = record.vm
+        await self._disks.claim(vm, take_over=take_over)
         taps = await self.ensure_taps(vm)
         try:
             await self._hypervisor.start(vm, self.disk_paths(vm), taps, self.kernel_files(vm))

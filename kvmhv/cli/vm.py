@@ -107,12 +107,18 @@ def _say_or_show(session: Session, agent: Agent, name: str, what: str) -> None:
 
 @vm.command()
 @click.argument("name", type=VM)
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Start it although another host owns its disks: only if that host is surely dead and stays so.",
+)
 @json_option
 @click.pass_obj
-def start(session: Session, name: str) -> None:
+def start(session: Session, name: str, take_over: bool) -> None:
     """Start a VM."""
     agent = session.agent()
-    agent.call("POST", f"vms/{segment(name)}/start", object, timeout_s=START_TIMEOUT_S)
+    body = {"take_over": take_over}
+    agent.call("POST", f"vms/{segment(name)}/start", object, body=body, timeout_s=START_TIMEOUT_S)
     _say_or_show(session, agent, name, "started")
 
 

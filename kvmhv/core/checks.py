@@ -13,6 +13,7 @@ from kvmhv.model import (
     Finding,
     Inventory,
     Location,
+    LocationKind,
     MoveRequest,
     Severity,
     Vm,
@@ -20,6 +21,9 @@ from kvmhv.model import (
 
 NEEDED_CAPABILITIES = ("events", "return-path", "pause-before-switchover")
 """QEMU's migration capabilities without which kvmhv cannot steer a move."""
+
+LATE = "late-block-activate"
+"""The target takes its disks over at `cont`, not as soon as all is loaded: until the grant they are the source's."""
 
 TCG_FIXED_IN = (9, 0, 0)
 """QEMU before 9.0 loses dirty pages under TCG (commit "physmem: Fix migration dirty bitmap coherency with TCG...")."""
@@ -45,13 +49,15 @@ def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) ->
 
 
 def shared(location: str, source: Inventory, target: Inventory) -> bool:
-    """Whether both hosts see the same storage at a location: its proof of identity is there, and equal."""
-    here, there = _location(source, location), _location(target, location)
-    return bool(here and there and here.shared_id and here.shared_id == there.shared_id)
+    """Whether both hosts see the same storage at a location: each has just read there what the other had written."""
+    there = _location(target, location)
+    return location in source.proven_shared and there is not None and there.shared_id is not None
 
 
-def moves(disk: Disk, source: Inventory, target: Inventory) -> bool:
-    """Whether a disk has to travel: one of its layers lies where the target does not see it."""
+def moves(disk: Disk, source: Inventory, target: Inventory, request: MoveRequest | None = None) -> bool:
+    """Whether a disk has to travel: a layer lies where the target does not see it, or it is asked to go elsewhere."""
+    if request is not None and request.include_storage and request.storage not in (None, disk.layers[0].location):
+        return True
     return not all(shared(layer.location, source, target) for layer in disk.layers)
 
 
@@ -217,10 +223,13 @@ def _disks(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -
     needed: dict[str, int] = {}
     virtual: dict[str, int] = {}
     for disk in vm.disks:
-        if not moves(disk, source, target):
+        if not moves(disk, source, target, request):
             continue
         where = request.storage or disk.layers[0].location
-        if not request.include_storage:
+        place = _place(disk, where, request, source, target)
+        if place is not None:
+            yield place
+        elif not request.include_storage:
             yield _error(
                 "disk-local",
                 disk.name,
@@ -241,6 +250,7 @@ def _disks(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -
             used = source.facts_of_vm.disk_used_bytes.get(disk.name, 0) if source.facts_of_vm else 0
             needed[where] = needed.get(where, 0) + used
             virtual[where] = virtual.get(where, 0) + disk.size_bytes
+    yield from _caches(vm, request, source, target)
     for name, used in needed.items():
         location = _location(target, name)
         free = location.free_bytes if location else 0
@@ -261,6 +271,47 @@ def _disks(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -
                 f"{free // MIB} MiB free",
                 "watch the free space there",
             )
+
+
+def _place(disk: Disk, where: str, request: MoveRequest, source: Inventory, target: Inventory) -> Finding | None:
+    """Say what is wrong with the target's location for a disk that has to travel."""
+    place = _location(target, where)
+    if place is None or place.shared_id is None:
+        return None
+    if where in source.not_shared:
+        return _error(
+            "storage-differs",
+            disk.name,
+            target.host,
+            f"{source.host} and {target.host} both have a location {where}, but not the same storage there: "
+            f"{source.not_shared[where]}",
+            "let both use the same server and share; or name another location with --storage",
+        )
+    if request.include_storage and place.kind == LocationKind.ISCSI:
+        return _error(
+            "lun-not-chosen",
+            disk.name,
+            target.host,
+            f"location {where} is an iSCSI target: no LUN can be chosen for {disk.name} by itself",
+            "name another location with --storage",
+        )
+    return None
+
+
+def _caches(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -> Iterator[Finding]:
+    """Mounts whose settings let one host read what is old, or lose what was acknowledged."""
+    stay = {layer.location for disk in vm.disks if not moves(disk, source, target, request) for layer in disk.layers}
+    for inventory in (source, target):
+        for location in inventory.locations:
+            if location.name in stay:
+                for why in location.unsafe:
+                    yield _error(
+                        "storage-unsafe",
+                        location.name,
+                        inventory.host,
+                        f"location {location.name} on {inventory.host}: {why}",
+                        "mount it with the options that docs/storage.md names",
+                    )
 
 
 def _channels(source: Inventory, target: Inventory) -> Iterator[Finding]:

@@ -34,7 +34,7 @@ def make(
     copies = []
     disks = []
     for disk in vm.disks:
-        if not checks.moves(disk, source, target):
+        if not checks.moves(disk, source, target, request):
             disks.append(disk)
             continue
         arrived = msgspec.structs.replace(disk, layers=_target_layers(vm, disk, request.storage))
@@ -55,13 +55,19 @@ def make(
         rule=rule,
         source_address=here.ip,
         target_address=there.ip,
-        capabilities=checks.NEEDED_CAPABILITIES,
+        capabilities=_capabilities(copies, source, target),
         disk_copies=tuple(copies),
         target_vm=msgspec.structs.replace(vm, disks=tuple(disks), epoch=vm.epoch + 1),
         estimate_seconds=seconds,
         estimate_bytes=memory_bytes + disk_bytes,
         timeouts=timeouts,
     )
+
+
+def _capabilities(copies: list[DiskCopy], source: Inventory, target: Inventory) -> tuple[str, ...]:
+    """Without copies the target opens the disks for writing when it runs, and not when all is loaded: see LATE."""
+    late = not copies and all(checks.LATE in host.qemu.capabilities for host in (source, target))
+    return (*checks.NEEDED_CAPABILITIES, checks.LATE) if late else checks.NEEDED_CAPABILITIES
 
 
 def _target_layers(vm: Vm, disk: Disk, storage: str | None) -> tuple[Layer, ...]:

@@ -114,7 +114,7 @@ class Vms:
         self.calls.append(("create", spec))
         return self._details(spec.name, VmState.STOPPED)
 
-    async def start(self, name: str) -> VmDetails:
+    async def start(self, name: str, *, take_over: bool = False) -> VmDetails:
         return self._details(name, VmState.RUNNING)
 
     async def stop(self, name: str, *, force: bool, timeout_s: float | None) -> VmDetails:

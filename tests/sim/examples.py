@@ -130,8 +130,8 @@ def target_state(source: SourceState, offer: Offer, *, volatile_id: str = "volat
 
 
 def shared(here: Inventory, name: str = "default") -> Inventory:
-    """The same host with a location that other hosts see too."""
+    """The same host with a location that other hosts see too, as has just been proved."""
     locations = tuple(
         msgspec.structs.replace(one, shared_id="nfs-1") if one.name == name else one for one in here.locations
     )
-    return msgspec.structs.replace(here, locations=locations)
+    return msgspec.structs.replace(here, locations=locations, proven_shared=(name,))

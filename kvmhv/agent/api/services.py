@@ -47,7 +47,7 @@ class Vms(Protocol):
         """Define a VM and make its disks."""
         ...
 
-    async def start(self, name: str) -> VmDetails:
+    async def start(self, name: str, *, take_over: bool = False) -> VmDetails:
         """Start it; no error if it runs."""
         ...
 

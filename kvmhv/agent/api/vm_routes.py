@@ -18,6 +18,12 @@ CONSOLE_HEARTBEAT_S = 20.0
 CONSOLE_CONNECT_S = 5.0
 
 
+class StartRequest(Struct, frozen=True, kw_only=True):
+    """`take_over`: also if the disks belong to another host; only for one that is surely dead and stays so."""
+
+    take_over: bool = False
+
+
 class StopRequest(Struct, frozen=True, kw_only=True):
     """`force`: end it at once; `timeout_s`: ACPI power button until force (default: the agent's configuration)."""
 
@@ -47,7 +53,8 @@ async def remove(api: Services, call: Call) -> None:
 
 async def start(api: Services, call: Call) -> VmDetails:
     """Answer POST /v1/vms/{name}/start."""
-    return await api.vms.start(call.path("name"))
+    body: StartRequest = call.body
+    return await api.vms.start(call.path("name"), take_over=body.take_over)
 
 
 async def stop(api: Services, call: Call) -> VmDetails:
@@ -133,7 +140,15 @@ VM_ROUTES = (
         handler=remove,
         query=(Query(name="keep_disks", doc="Leave its disks where they are.", type="boolean"),),
     ),
-    Route(method="POST", path="/v1/vms/{name}/start", doc="Start a VM.", handler=start, response=VmDetails),
+    Route(
+        method="POST",
+        path="/v1/vms/{name}/start",
+        doc="Start a VM.",
+        handler=start,
+        request=StartRequest,
+        body_optional=True,
+        response=VmDetails,
+    ),
     Route(
         method="POST",
         path="/v1/vms/{name}/stop",

@@ -19,7 +19,7 @@ from kvmhv.drivers.qemu.graph import disk_nodes, secret_id
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import CallerError
 from kvmhv.model import DEFAULT_CPU, Accel, Struct, Vm
-from kvmhv.ports import DiskPlace, Lun
+from kvmhv.places import DiskPlace, Lun
 
 PCI_SLOT_FIRST = 0x01
 PCI_SLOT_LAST = 0x1C

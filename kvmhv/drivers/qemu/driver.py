@@ -18,7 +18,8 @@ from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError
 from kvmhv.model import IncomingAddress, Plan, QemuInfo, Vm, VmFacts
-from kvmhv.ports import Clock, DiskPlace, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
+from kvmhv.places import DiskPlace
+from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
 GONE = "gone"
 

@@ -9,7 +9,7 @@ them read only again once the VM runs there.
 """
 
 from kvmhv.model import Disk, DiskFormat, Layer
-from kvmhv.ports import DiskPlace, Lun, NfsImage
+from kvmhv.places import DiskPlace, Lun, NfsImage
 
 Node = dict[str, object]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from kvmhv.drivers.storage.qemu_img import ImageFile, Node, QemuImg
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import DiskFormat, Layer
-from kvmhv.ports import DiskPlace, Lun, NfsImage
+from kvmhv.places import DiskPlace, Lun, NfsImage
 
 CHAP_OBJECT = "chap0"
 QCOW2_SPARE_BYTES = 4 * 1024**2

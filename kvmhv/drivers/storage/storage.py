@@ -19,7 +19,7 @@ from kvmhv.drivers.storage.qemu_img import ImageFile, QemuImg
 from kvmhv.drivers.storage.volumes import DirectoryVolume, ImageVolume, LunVolume, Volume
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import Access, DiskFormat, Layer, Location
-from kvmhv.ports import DiskPlace
+from kvmhv.places import DiskPlace
 
 ANSWER_S = 12.0
 """A look at a share; longer than its clients' own deadlines."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kvmhv.drivers.storage import iscsi, nfs
-from kvmhv.ports import DiskPlace, Lun, NfsImage
+from kvmhv.places import DiskPlace, Lun, NfsImage
 
 RECORD_BYTES_MAX = 500
 """A record fits one block of a LUN."""
