@@ -7,7 +7,7 @@ ends. What tells why a test failed is copied to KVMHV_EVIDENCE (default /var/tmp
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,20 @@ import pytest
 from kvmhv.lab import lab as labs
 from kvmhv.lab.guest_images import GuestImages, ensure_guest_images
 from kvmhv.lab.lab import Lab
+from kvmhv.lab.plan import AGENT_HOSTS
 from kvmhv.lab.state import known_labs
 from tests.real.moving import Pair
 
 EVIDENCE = Path(os.environ.get("KVMHV_EVIDENCE", "/var/tmp/kvmhv-evidence"))
 TEST_TIMEOUT_S = 300
+HASTY = """
+[locations]
+small = "/var/lib/kvmhv-small"
+[timeouts]
+memory_idle_s = 8.0
+storage_idle_s = 8.0
+reconnect_s = 8.0
+"""
 _OWN_LABS = re.compile(r"pytest-[a-z]+-(\d+)")
 _failed = pytest.StashKey[bool]()
 
@@ -44,8 +53,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         for value in getattr(item, "funcargs", {}).values():
             if isinstance(value, Lab):
                 directory = EVIDENCE / re.sub(r"[^A-Za-z0-9_.-]+", "_", item.nodeid)[-120:]
-                shutil.rmtree(directory, ignore_errors=True)
-                directory.mkdir(parents=True)
+                if report.when == "call":  # a teardown that fails too comes after it, and its hosts may be gone
+                    shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir(parents=True, exist_ok=True)
                 value.evidence(directory)
                 report.sections.append(("evidence", f"logs of the lab's hosts: {directory}"))
     return report
@@ -64,8 +74,20 @@ def _lab_ground() -> None:
 
 @pytest.fixture(scope="session")
 def lab(_lab_ground: None) -> Iterator[Lab]:
-    """Return host1 and host2 with agents that trust each other, and a client; the migration network is unlimited."""
-    yield from _lab_for_a_while(Lab.up(lab_name("main"), progress=print))
+    """Return host1 and host2 with agents that trust each other, and a client; the migration network is unlimited.
+
+    The agents wait for a lost or silent peer for seconds instead of minutes, and have a location `small` as well, for a
+    small file system to be mounted there.
+    """
+    yield from _lab_for_a_while(Lab.up(lab_name("main"), progress=print), _make_hasty)
+
+
+def _make_hasty(lab: Lab) -> None:
+    for name in AGENT_HOSTS:
+        host = lab.host(name)
+        host.exec(["sh", "-c", "mkdir -p /var/lib/kvmhv-small && cat >> /etc/kvmhv/agent.toml"], text=HASTY)
+        host.agent_stop()
+        host.agent_start()
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +113,9 @@ def pair(lab: Lab, images: GuestImages) -> Iterator[Pair]:
         side.is_again(empty)
 
 
-def _lab_for_a_while(lab: Lab) -> Iterator[Lab]:
+def _lab_for_a_while(lab: Lab, prepare: Callable[[Lab], None] = lambda lab: None) -> Iterator[Lab]:
     try:
+        prepare(lab)
         yield lab
     finally:
         lab.down()

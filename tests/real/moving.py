@@ -139,6 +139,11 @@ class Side:
         found: Report = until(f"{phase} of move {move_id}", look)
         return found
 
+    def restart_agent(self) -> None:
+        """Let the agent read its configuration anew."""
+        self.host.agent_stop()
+        self.host.agent_start()
+
     def has_no_move(self) -> bool:
         """Whether every move of this host has ended."""
         return not any(record.startswith("open move") for record in self.left()["records"])
@@ -255,9 +260,13 @@ class Pair:
         answer = source.move(target, *options)
         assert (answer.status, answer.json["outcome"]) == (0, "done"), answer
         report: Report = answer.json
-        self._said += source.console_of_the_departed(self.vm_id)
+        self.remember(source)
         assert report["warnings"] == [], report
         return report
+
+    def remember(self, source: Side) -> None:
+        """Keep what the guest said on the side that it has just left, for `works`."""
+        self._said += source.console_of_the_departed(self.vm_id)
 
     def works(self, side: Side, vm: str = "web01") -> list[tuple[int, ...]]:
         """Wait until the guest has verified its whole memory once more on this side, and return all its beats.

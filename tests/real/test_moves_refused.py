@@ -112,8 +112,7 @@ def test_all_findings_come_at_once(pair: Pair) -> None:
     total_kib = int(pair.a.sh("grep MemTotal /proc/meminfo").split()[1])
     pair.b.kvmhv("vm", "create", "web01", "--memory", "32M")
     pair.b.sh("sed -i 's/^switches.*/switches = [\"dmz\"]/' /etc/kvmhv/agent.toml")
-    pair.b.host.agent_stop()
-    pair.b.host.agent_start()
+    pair.b.restart_agent()
     try:
         pair.create("--disk", "size=1M", "--switch", "lan", memory=f"{total_kib // 1024 - 64}M")
         expected = {"name-taken", "memory-short", "switch-missing"}
@@ -132,8 +131,7 @@ def test_all_findings_come_at_once(pair: Pair) -> None:
             assert (dry.status, dry.json["plan"]) == (3, None), dry
     finally:
         pair.b.sh("sed -i 's/^switches.*/switches = [\"lan\"]/' /etc/kvmhv/agent.toml")
-        pair.b.host.agent_stop()
-        pair.b.host.agent_start()
+        pair.b.restart_agent()
 
 
 def test_a_stopped_vm_has_no_memory_to_move(pair: Pair) -> None:
