@@ -7,7 +7,7 @@ run has not run. Only a target whose host rebooted, which takes the volatile jou
 
 import msgspec
 
-from kvmhv.core import handover, source, source_undo, target
+from kvmhv.core import handover, source, source_undo, target, target_undo
 from kvmhv.core.effects import Effect, EndCopy, Finish, Journal, NeedOperator, SetTimer, UndoSource, UndoTarget
 from kvmhv.core.facts import QemuGone, Restarted
 from kvmhv.core.handover import SourceHold
@@ -56,7 +56,7 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
     state = msgspec.structs.replace(state, connected=False, preparing=False)
     timeouts = state.plan.timeouts
     if state.step in (TargetStep.RECEIVING, TargetStep.PREPARING):
-        return target.refuse(state, _restarted(state))
+        return target_undo.refuse(state, _restarted(state))
     if state.step is TargetStep.ENDED:
         return state, [Finish(report=target.report(state))]
     if state.step is TargetStep.UNDOING:
@@ -76,7 +76,7 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
         return _without_process(state, found)
     if state.step is TargetStep.WAITING:
         if found.migration in ("failed", "cancelled"):
-            return target.refuse(state, _restarted(state))
+            return target_undo.refuse(state, _restarted(state))
         state = msgspec.structs.replace(
             state, transferred=found.migration == "completed", granted_epoch=None, mirrors_ended=False
         )
@@ -89,7 +89,7 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
 
 def _without_process(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:
     if not found.rebooted:
-        return target.refuse(state, _gone(state))
+        return target_undo.refuse(state, _gone(state))
     error = ErrorBody(
         code="target-cannot-tell",
         message=f"{state.target} rebooted while it was about to take {state.vm.name} over: it cannot tell "

@@ -8,7 +8,7 @@ Once all is loaded (`transferred`) the target never gives the VM up by itself: t
 the only copy. It waits for the grant or for the source's abort, and tells the operator.
 """
 
-from kvmhv.core import facts, handover
+from kvmhv.core import facts, handover, target_undo
 from kvmhv.core.effects import (
     Adopt,
     ClearTimer,
@@ -20,7 +20,6 @@ from kvmhv.core.effects import (
     Prepare,
     Send,
     SetTimer,
-    UndoTarget,
     Unexport,
 )
 from kvmhv.core.handover import TargetRight
@@ -45,17 +44,12 @@ from kvmhv.messages import (
     Offer,
     Owned,
     Ready,
-    Refused,
     Running,
     Unknown,
 )
 from kvmhv.model import ErrorBody, Outcome
 
-__all__ = ["PEER_TIMER", "STEP_TIMER", "TargetState", "TargetStep", "adopt", "refuse", "report", "step"]
-
-UNDO_TRIES = 3
-UNKILLABLE = "qemu-unkillable"
-"""ports.Hypervisor.kill: the process is still there."""
+__all__ = ["PEER_TIMER", "STEP_TIMER", "TargetState", "TargetStep", "adopt", "report", "step"]
 
 
 def step(state: TargetState, fact: facts.Fact) -> Result:
@@ -157,7 +151,7 @@ def _grant(state: TargetState, fact: facts.Fact) -> Result:
             todo=f"start it on {state.source}",
             host=state.source,
         )
-        return refuse(state, error)
+        return target_undo.refuse(state, error)
     state = update(state, granted_epoch=message.epoch, granted_ms=fact.at_ms)
     after, more = _run_when_granted(update(state, granted_sent=message.sent, mirrors_ended=True))
     return after, [*effects, *more]
@@ -270,64 +264,6 @@ def _end_owning(state: TargetState) -> Result:
     return state, [Finish(report=report(state))]
 
 
-# --- giving up before it ran
-
-
-def refuse(state: TargetState, error: ErrorBody) -> Result:
-    """Refuse for good: what was made is taken back, then it is said."""
-    state = update(state, hold=handover.refuse(state.hold), step=TargetStep.UNDOING, failure=error)
-    if state.preparing:
-        timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.prepare_s)
-        return state, [Journal(), timer, ClearTimer(name=PEER_TIMER)]
-    timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)
-    return state, [Journal(), timer, ClearTimer(name=PEER_TIMER), UndoTarget(plan=state.plan)]
-
-
-def _prepared_in_vain(state: TargetState, fact: facts.Fact) -> Result:
-    """Prepare answered after the refusal: now all that it made is known, and goes."""
-    return _undo_again(state, fact) if state.preparing else (state, [])
-
-
-def _undone(state: TargetState, fact: facts.Fact) -> Result:
-    warnings = fact.warnings if isinstance(fact, facts.Undone) else ()
-    return _end_refused(update(state, warnings=(*state.warnings, *warnings)))
-
-
-def _undo_failed(state: TargetState, fact: facts.Fact) -> Result:
-    """Tried again: the refusal is said when its QEMU is surely gone, the rest may be left with a warning."""
-    assert isinstance(fact, facts.Failed)
-    if fact.effect == Prepare.__name__:
-        return _prepared_in_vain(state, fact)
-    if fact.effect != UndoTarget.__name__:
-        return state, []
-    state = update(state, undo_tries=state.undo_tries + 1)
-    if state.undo_tries < UNDO_TRIES or fact.error.code == UNKILLABLE:
-        return state, [SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s / 10)]
-    return _end_refused(update(state, warnings=(*state.warnings, fact.error.message)))
-
-
-def _undo_again(state: TargetState, fact: facts.Fact) -> Result:
-    """Until its QEMU is surely gone the refusal may not be said."""
-    state = update(state, preparing=False)
-    return state, [UndoTarget(plan=state.plan), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
-
-
-def _end_refused(state: TargetState) -> Result:
-    error = state.failure
-    assert error is not None
-    outcome = Outcome.CANCELLED if error.code == "cancelled" else Outcome.FAILED
-    state = update(state, step=TargetStep.ENDED, outcome=outcome)
-    refused = Refused(epoch=state.hold.epoch, error=error)
-    return state, [Send(message=refused), Finish(report=report(state))]
-
-
-def _aborted(state: TargetState, fact: facts.Fact) -> Result:
-    message = facts.message_of(fact, Abort)
-    if message.epoch != state.hold.epoch:
-        return state, []
-    return refuse(state, message.error)
-
-
 def _abort_too_late(state: TargetState, fact: facts.Fact) -> Result:
     return state, _say_it_runs(state)
 
@@ -358,36 +294,6 @@ def _standing_granted(state: TargetState, fact: facts.Fact) -> Result:
         return after, [Journal(), *adopt(after)]
     assert state.failure is not None
     return state, [Send(message=Unknown(epoch=state.hold.epoch, error=state.failure))]
-
-
-def _failed(state: TargetState, fact: facts.Fact) -> Result:
-    assert isinstance(fact, facts.Failed | facts.QemuGone | facts.MemoryFailed)
-    if isinstance(fact, facts.Failed) and fact.effect == Prepare.__name__:
-        state = update(state, preparing=False)  # it has answered: there is nothing to wait for before the undoing
-    return refuse(state, fact.error)
-
-
-def _timeout(state: TargetState, fact: facts.Fact) -> Result:
-    assert isinstance(fact, facts.TimerFired)
-    vm = state.vm.name
-    if state.transferred:
-        error = ErrorBody(
-            code="grant-missing",
-            message=f"{vm} is complete on {state.target} and stands still: {state.source} has neither granted it nor "
-            "taken it back",
-            todo=f"bring {state.source} or the connection back: the move then ends by itself",
-            host=state.target,
-            exit_status=5,
-        )
-        return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [NeedOperator(error=error)]
-    lost = fact.name == PEER_TIMER
-    error = ErrorBody(
-        code="peer-lost" if lost else "timeout",
-        message=f"the connection to {state.source} was lost" if lost else f"{vm} did not arrive in time",
-        todo=f"see the agent's log on {state.source}",
-        host=state.source if lost else state.target,
-    )
-    return refuse(state, error)
 
 
 # --- the connection
@@ -432,7 +338,7 @@ ON_MESSAGE: dict[tuple[TargetStep, type], Handler] = {
     (S.WAITING, Grant): _grant,
     (S.SETTLING, Finished): _finished,
     (S.STANDING, Grant): _standing_granted,
-    **{(at, Abort): _aborted for at in (*BEFORE_RUN, S.STANDING)},
+    **{(at, Abort): target_undo.aborted for at in (*BEFORE_RUN, S.STANDING)},
     **{(at, Abort): _abort_too_late for at in (S.STARTING, S.SETTLING)},
     **{(at, Grant): _abort_too_late for at in (S.STARTING, S.SETTLING)},
     **{(at, Offer): _offered_again for at in (S.RECEIVING, S.WAITING, S.SETTLING, S.STANDING)},
@@ -443,7 +349,7 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.PREPARING, facts.IncomingReady): _incoming_ready,
     (S.WAITING, facts.Unexported): _unexported,
     (S.WAITING, facts.MemorySent): _loaded,
-    (S.WAITING, facts.MemoryFailed): _failed,
+    (S.WAITING, facts.MemoryFailed): target_undo.failed,
     (S.STARTING, facts.GuestRuns): _runs,
     (S.STARTING, facts.Failed): _cannot_run,
     (S.STARTING, facts.QemuGone): _died_starting,
@@ -452,13 +358,13 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.SETTLING, facts.Adopted): _adopted,
     (S.SETTLING, facts.FirstFrame): _first_frame,
     (S.SETTLING, facts.TimerFired): _settled,
-    (S.UNDOING, facts.IncomingReady): _prepared_in_vain,
-    (S.UNDOING, facts.Undone): _undone,
-    (S.UNDOING, facts.Failed): _undo_failed,
-    (S.UNDOING, facts.TimerFired): _undo_again,
-    **{(at, facts.Failed): _failed for at in BEFORE_RUN},
-    **{(at, facts.QemuGone): _failed for at in BEFORE_RUN},
-    **{(at, facts.TimerFired): _timeout for at in BEFORE_RUN},
+    (S.UNDOING, facts.IncomingReady): target_undo.prepared_in_vain,
+    (S.UNDOING, facts.Undone): target_undo.undone,
+    (S.UNDOING, facts.Failed): target_undo.undo_failed,
+    (S.UNDOING, facts.TimerFired): target_undo.undo_again,
+    **{(at, facts.Failed): target_undo.failed for at in BEFORE_RUN},
+    **{(at, facts.QemuGone): target_undo.failed for at in BEFORE_RUN},
+    **{(at, facts.TimerFired): target_undo.timed_out for at in BEFORE_RUN},
 }
 
 ON_FACT_ANYWHERE: dict[type, Handler] = {

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from kvmhv.core import effects as ef
-from kvmhv.core import facts, handover, recover, source, source_switchover, source_undo, target
+from kvmhv.core import facts, handover, recover, source, source_switchover, source_undo, target, target_undo
 from kvmhv.core.handover import SourceHold, SourceRight, TargetHold, TargetRight
 from kvmhv.core.source_state import SourceStep
 from kvmhv.core.target_state import TargetStep
@@ -96,7 +96,7 @@ def _(patches: Patches) -> None:
 
 @mutant("the refusal is not journalled")
 def _(patches: Patches) -> None:
-    _drop(patches, target, "refuse", ef.Journal)
+    _drop(patches, target_undo, "refuse", ef.Journal)
 
 
 @mutant("the undo is not journalled")
@@ -162,10 +162,12 @@ def _(patches: Patches) -> None:
     def obedient(state: Any, fact: facts.Fact) -> Any:
         assert isinstance(fact, facts.Received)
         assert isinstance(fact.message, Abort)
-        return target.refuse(state, fact.message.error)
+        return target_undo.refuse(state, fact.message.error)
 
     patches.attribute(handover, "refuse", lambda hold: TargetHold(epoch=hold.epoch, right=TargetRight.REFUSED))
-    patches.entry(target.ON_FACT, (T.STARTING, facts.TimerFired), lambda state, fact: target.refuse(state, _error()))
+    patches.entry(
+        target.ON_FACT, (T.STARTING, facts.TimerFired), lambda state, fact: target_undo.refuse(state, _error())
+    )
     patches.entry(target.ON_MESSAGE, (T.STARTING, Abort), obedient)
 
 
@@ -174,7 +176,7 @@ def _(patches: Patches) -> None:
     def forgetful(state: Any, found: facts.Restarted) -> Any:
         if state.step is T.STARTING:
             state = msgspec.structs.replace(state, step=T.WAITING, hold=TargetHold(epoch=state.hold.epoch))
-            return target.refuse(state, _error())
+            return target_undo.refuse(state, _error())
         return old(state, found)
 
     old = patches.attribute(recover, "recover_target", forgetful)
@@ -182,7 +184,7 @@ def _(patches: Patches) -> None:
 
 @mutant("a target whose host rebooted refuses")
 def _(patches: Patches) -> None:
-    patches.attribute(recover, "_without_process", lambda state, found: target.refuse(state, _error()))
+    patches.attribute(recover, "_without_process", lambda state, found: target_undo.refuse(state, _error()))
 
 
 @mutant("a refusal is said before the incoming QEMU has ended")
@@ -191,12 +193,12 @@ def _(patches: Patches) -> None:
         after, effects = old(state, error)
         return after, [*effects, ef.Send(message=Refused(epoch=state.hold.epoch, error=error))]
 
-    old = patches.attribute(target, "refuse", hasty)
+    old = patches.attribute(target_undo, "refuse", hasty)
 
 
 @mutant("any failed effect ends the target's undo")
 def _(patches: Patches) -> None:
-    patches.entry(target.ON_FACT, (T.UNDOING, facts.Failed), lambda state, fact: target._end_refused(state))
+    patches.entry(target.ON_FACT, (T.UNDOING, facts.Failed), lambda state, fact: target_undo._end_refused(state))
 
 
 @mutant("the source deletes as soon as the target runs")

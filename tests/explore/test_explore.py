@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.explore.explorer import Bounds, Explorer, Found
+from tests.explore.explorer import Explorer, Found
 from tests.explore.mutants import MUTANTS, planted
+from tests.explore.transitions import Bounds
 
 BOUNDS = (
     Bounds(faults=1, slow=0, disks=1),

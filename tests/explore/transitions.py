@@ -1,0 +1,366 @@
+"""What may come next in a world: what the agents do, what QEMU does, what fails."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from kvmhv.core import effects as ef
+from kvmhv.core import facts, recover, source, target
+from kvmhv.core.facts import Fact
+from kvmhv.core.source_state import SourceState
+from kvmhv.messages import Answer, AnyMessage, Finished, Offer, Ready
+from kvmhv.model import IncomingAddress, MoveReport
+from tests.explore import acts
+from tests.explore.memory import Memory
+from tests.explore.world import CONNECTED, LOST, Host, Qemu, World
+from tests.sim import examples
+
+HOSTS = ("host1", "host2")
+Next = tuple[str, World]
+
+
+class Bounds(NamedTuple):
+    """How much of the world is explored."""
+
+    faults: int = 3
+    slow: int = 1
+    moves: int = 1
+    disks: int = 1
+    kinds: frozenset[str] = frozenset({"kill", "qemu", "host", "cut", "dup", "reorder"})
+
+
+class Transitions:
+    """The worlds that may follow a world, within bounds."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.memory = Memory()
+
+    # --- the beginning
+
+    def first(self) -> World:
+        """Both machines in the memory phase of the first move, by the real steps."""
+        moving = examples.vm(disks=self.bounds.disks)
+        hosts = (
+            Host(ended=(-1,) * self.bounds.moves, defined=True, disk="good", qemu=Qemu("running", fresh=True)),
+            Host(ended=(-1,) * self.bounds.moves),
+        )
+        return self._begin(World(hosts=hosts), moving)
+
+    def _begin(self, world: World, moving: examples.Vm) -> World:
+        """Take a move up to its memory phase, without faults."""
+        here, there = world.source, 1 - world.source
+        state = examples.source_state(
+            moving,
+            source=HOSTS[here],
+            target=HOSTS[there],
+            move_id=f"move-{world.move}",
+            volatile_id=self._volatile_id(world, here),
+        )
+        said: list[AnyMessage] = []
+
+        def hear(fact: Fact) -> None:
+            nonlocal state
+            state, effects = source.step(state, fact)
+            said.extend(effect.message for effect in effects if isinstance(effect, ef.Send))
+
+        hear(facts.Started(at_ms=0))
+        hear(facts.PeerConnected(at_ms=0))
+        answer = Answer(inventory=examples.inventory(HOSTS[there], octet=there + 1))
+        hear(facts.Received(at_ms=0, message=answer))
+        offer = said[-1]
+        assert isinstance(offer, Offer), state.findings
+        taking = examples.target_state(state, offer, volatile_id=self._volatile_id(world, there))
+        address = IncomingAddress(memory_port=49152, disk_port=49153 if self.bounds.disks else None)
+        for fact in (facts.Offered(at_ms=0), facts.IncomingReady(at_ms=0, address=address)):
+            taking, _ = target.step(taking, fact)
+        hear(facts.Received(at_ms=0, message=Ready(epoch=offer.epoch, address=address)))
+        if self.bounds.disks:
+            hear(facts.MirrorsReady(at_ms=0, copied_bytes=1))
+        copies = bool(self.bounds.disks)
+        number = self.memory.states.number(state)
+        qemu = world.hosts[here].qemu
+        assert qemu is not None
+        world = world.at(
+            here,
+            world.hosts[here]._replace(
+                durable=number,
+                state=number,
+                timers=frozenset({"step", "idle"}),
+                qemu=qemu._replace(migration="active", mirrors=copies, ran=False),
+                events=(self.memory.facts.number(_pass(1)), self.memory.facts.number(_pass(2))),
+            ),
+        )
+        number = self.memory.states.number(taking)
+        arriving = world.hosts[there]._replace(
+            durable=number,
+            state=number,
+            timers=frozenset({"step"}),
+            qemu=Qemu("inmigrate"),
+            exported=copies,
+            disk="good",
+        )
+        return world.at(there, arriving)._replace(link=True)
+
+    def _volatile_id(self, world: World, index: int) -> str:
+        return f"{HOSTS[index]}-{world.hosts[index].boot}"
+
+    # --- transitions
+
+    def following(self, world: World) -> Iterator[Next]:
+        """Yield every world that may come next."""
+        yield from self.healthy(world)
+        if all(host.state < 0 and host.durable < 0 for host in world.hosts):
+            return  # nothing is left that could go wrong
+        if world.slow < self.bounds.slow:
+            yield from self._slow(world._replace(slow=world.slow + 1))
+        if world.faults < self.bounds.faults:
+            yield from self._faults(world._replace(faults=world.faults + 1))
+
+    def healthy(self, world: World) -> Iterator[Next]:
+        """Yield what happens in a healthy world, timers apart."""
+        for index in (0, 1):
+            yield from self._answers(world, index)
+        for what, after, index, fact in acts.by_itself(world):
+            yield what, self._event(after, index, fact)
+        for index in (0, 1):
+            host = world.hosts[index]
+            if not host.up:
+                yield f"{HOSTS[index]} boots", world.at(index, host._replace(up=True))
+            elif not host.agent:
+                yield self._restart(world, index)
+        if not world.link and self._can_connect(world):
+            yield "they connect", self._connect(world)
+        after = self._second_move(world)
+        if after is not None:
+            yield "the move back begins", after
+
+    def _answers(self, world: World, index: int) -> Iterator[Next]:
+        host = world.hosts[index]
+        if not host.agent:
+            return
+        if host.inbox:
+            after = world.at(index, host._replace(inbox=host.inbox[1:]))
+            yield f"{HOSTS[index]} hears {self._word(host.inbox[0])}", self._hear(after, index, host.inbox[0])
+        if host.events:
+            after = world.at(index, host._replace(events=host.events[1:]))
+            fact = self.memory.facts.values[host.events[0]]
+            yield f"{HOSTS[index]} notices {type(fact).__name__}", self._handle(after, index, fact)
+        for number in host.doing:
+            if not acts.may_complete(self.memory, host, number):
+                continue
+            effect = self.memory.effects.values[number]
+            rest = tuple(one for one in host.doing if one != number)
+            after, fact = acts.complete(self.memory, world.at(index, host._replace(doing=rest)), index, effect)
+            if fact is not None:
+                after = self._handle(after, index, fact)
+            yield f"{HOSTS[index]} did {type(effect).__name__}", after
+
+    def _slow(self, world: World) -> Iterator[Next]:
+        for index in (0, 1):
+            host = world.hosts[index]
+            for name in sorted(host.timers):
+                yield f"{HOSTS[index]}: timer {name}", self._fire(world, index, name)
+            if host.state >= 0 and isinstance(self.memory.states.values[host.state], SourceState):
+                cancel = facts.CancelRequested(at_ms=0, caller="the operator")
+                yield "somebody cancels", self._handle(world, index, cancel)
+
+    def _fire(self, world: World, index: int, name: str) -> World:
+        host = world.hosts[index]
+        world = world.at(index, host._replace(timers=host.timers - {name}))
+        return self._handle(world, index, facts.TimerFired(at_ms=0, name=name))
+
+    def _faults(self, world: World) -> Iterator[Next]:
+        kinds = self.bounds.kinds
+        for index in (0, 1):
+            host, name = world.hosts[index], HOSTS[index]
+            if host.agent and "kill" in kinds:
+                yield f"KILL the agent of {name}", self._kill(world, index)
+                yield from self._kills_within(world, index, power=False)
+            if host.up and "host" in kinds:
+                yield f"POWER of {name} fails", self._power_off(world, index)
+                yield from self._kills_within(world, index, power=True)
+            if host.qemu is not None and "qemu" in kinds:
+                yield f"QEMU of {name} dies", self._qemu_dies(world, index)
+            if "dup" in kinds and host.agent and host.inbox and host.inbox[0] >= 0:
+                yield f"{name} hears {self._word(host.inbox[0])} twice", self._hear(world, index, host.inbox[0])
+            if "reorder" in kinds and host.agent and len(host.inbox) > 1 and min(host.inbox[:2]) >= 0:
+                first, second, *rest = host.inbox
+                yield (
+                    f"{name}: two messages change places",
+                    world.at(index, host._replace(inbox=(second, first, *rest))),
+                )
+        if world.link and "cut" in kinds:
+            yield "CUT", self._cut(world)
+
+    def _kills_within(self, world: World, index: int, *, power: bool) -> Iterator[Next]:
+        """The agent (or the host) dies between two effects of what it would handle next, or with an effect done."""
+        die = self._power_off if power else self._kill
+        what = "POWER" if power else "KILL"
+        host = world.hosts[index]
+        candidates: list[tuple[str, World, Fact]] = []
+        if host.inbox and host.inbox[0] >= 0:
+            message = self.memory.messages.values[host.inbox[0]]
+            after = world.at(index, host._replace(inbox=host.inbox[1:]))
+            if host.state >= 0:
+                candidates.append((type(message).__name__, after, facts.Received(at_ms=0, message=message)))
+        if host.events:
+            fact = self.memory.facts.values[host.events[0]]
+            candidates.append((type(fact).__name__, world.at(index, host._replace(events=host.events[1:])), fact))
+        for number in host.doing:
+            if not acts.may_complete(self.memory, host, number):
+                continue
+            effect = self.memory.effects.values[number]
+            rest = tuple(one for one in host.doing if one != number)
+            after, done = acts.complete(self.memory, world.at(index, host._replace(doing=rest)), index, effect)
+            yield f"{what} {HOSTS[index]} with {type(effect).__name__} done", die(after, index)
+            if done is not None:
+                candidates.append((type(effect).__name__, after, done))
+        for label, after, fact in candidates:
+            state = after.hosts[index].state
+            if state < 0:
+                continue
+            number, effects = self.memory.step(state, fact)
+            for count in range(1, len(effects)):
+                cut = after.at(index, after.hosts[index]._replace(state=number))
+                for effect_number in effects[:count]:
+                    cut = acts.now(self.memory, cut, index, self.memory.effects.values[effect_number])
+                yield f"{what} {HOSTS[index]} after {count} effects of {label}", die(cut, index)
+
+    def _second_move(self, world: World) -> World | None:
+        here, there = world.hosts[1 - world.source], world.hosts[world.source]
+        ready = (
+            world.move + 1 < self.bounds.moves
+            and all(host.up and host.agent and host.state < 0 and not host.inbox for host in world.hosts)
+            and here.defined
+            and here.qemu is not None
+            and here.qemu.status == "running"
+            and not there.defined
+            and there.ended[world.move] >= 0
+        )
+        if not ready:
+            return None
+        moving = examples.vm(disks=self.bounds.disks, epoch=world.move + 1)
+        hosts = tuple(host._replace(boot=0) for host in world.hosts)
+        return self._begin(world._replace(hosts=(hosts[0], hosts[1]), move=world.move + 1, crashed=False), moving)
+
+    # --- faults
+
+    def _kill(self, world: World, index: int) -> World:
+        host = world.hosts[index]
+        return self._cut(world.at(index, host.without_agent())) if world.link else world.at(index, host.without_agent())
+
+    def _power_off(self, world: World, index: int) -> World:
+        other = world.hosts[1 - index]
+        host = world.hosts[index].without_power()
+        if host.disk and other.qemu is not None and other.qemu.mirrors:
+            host = host._replace(disk="stale")  # what the mirror wrote was not flushed
+        world = world.at(index, host)._replace(crashed=True)
+        return self._cut(world) if world.link else world
+
+    def _qemu_dies(self, world: World, index: int) -> World:
+        host, other = world.hosts[index], world.hosts[1 - index]
+        if host.disk and other.qemu is not None and other.qemu.mirrors:
+            host = host._replace(disk="stale")
+        world = world.at(index, host._replace(qemu=None, exported=False))._replace(crashed=True)
+        return self._event(world, index, facts.QemuGone(at_ms=0, error=acts.ERROR))
+
+    def _cut(self, world: World) -> World:
+        hosts = tuple(host._replace(inbox=(LOST,) if host.agent and host.state >= 0 else ()) for host in world.hosts)
+        return world._replace(hosts=(hosts[0], hosts[1]), link=False)
+
+    # --- the agents
+
+    def _event(self, world: World, index: int, fact: Fact) -> World:
+        host = world.hosts[index]
+        if not host.agent or host.state < 0:
+            return world
+        return world.at(index, host._replace(events=(*host.events, self.memory.facts.number(fact))))
+
+    def _handle(self, world: World, index: int, fact: Fact) -> World:
+        host = world.hosts[index]
+        if host.state < 0:
+            return world
+        state, effects = self.memory.step(host.state, fact)
+        world = world.at(index, host._replace(state=state))
+        return self._perform(world, index, effects)
+
+    def _perform(self, world: World, index: int, effects: tuple[int, ...]) -> World:
+        for position, number in enumerate(effects):
+            effect = self.memory.effects.values[number]
+            if isinstance(effect, ef.Finish):  # the runner waits for a Cont that is on its way
+                world = self._finish_cont(world, index)
+            world = acts.now(self.memory, world, index, effect)
+            if isinstance(effect, ef.Finish):
+                assert position == len(effects) - 1, "something is wanted of a move that has ended"
+        return world
+
+    def _finish_cont(self, world: World, index: int) -> World:
+        host = world.hosts[index]
+        for number in host.doing:
+            effect = self.memory.effects.values[number]
+            if isinstance(effect, ef.Cont):
+                world, _ = acts.complete(self.memory, world, index, effect)
+        return world
+
+    def _restart(self, world: World, index: int) -> Next:
+        host = world.hosts[index]._replace(agent=True)
+        kept = host.volatile if host.volatile >= 0 else host.durable
+        if kept < 0:
+            return f"{HOSTS[index]}'s agent starts", world.at(index, host)
+        state = self.memory.states.values[kept]
+        qemu = host.qemu
+        found = facts.Restarted(
+            at_ms=0,
+            process=qemu is not None,
+            status=("paused" if qemu.status == "finish" else qemu.status) if qemu else "",
+            migration=qemu.migration if qemu else "",
+            rebooted=state.volatile_id != self._volatile_id(world, index),
+        )
+        number, effects = self.memory.recover(kept, found)
+        world = world.at(index, host._replace(state=number))
+        return f"{HOSTS[index]}'s agent takes the move up", self._perform(world, index, effects)
+
+    def _can_connect(self, world: World) -> bool:
+        return all(host.agent and not host.inbox for host in world.hosts) and any(
+            host.state >= 0 for host in world.hosts
+        )
+
+    def _connect(self, world: World) -> World:
+        hosts = tuple(host._replace(inbox=(CONNECTED,)) for host in world.hosts)
+        return world._replace(hosts=(hosts[0], hosts[1]), link=True)
+
+    def _hear(self, world: World, index: int, number: int) -> World:
+        if world.hosts[index].state < 0:
+            return self._visited(world, index, number)
+        if number == LOST:
+            return self._handle(world, index, facts.PeerLost(at_ms=0, error=acts.ERROR))
+        if number == CONNECTED:
+            return self._handle(world, index, facts.PeerConnected(at_ms=0))
+        return self._handle(world, index, facts.Received(at_ms=0, message=self.memory.messages.values[number]))
+
+    def _visited(self, world: World, index: int, number: int) -> World:
+        """A host that has no open state of the move is asked about it (agent/visit.py)."""
+        if number == LOST:
+            return world
+        host = world.hosts[index]
+        ended_number = host.ended[world.move]
+        ended: MoveReport | None = self.memory.reports.values[ended_number] if ended_number >= 0 else None
+        epoch = world.move + 1
+        reply: AnyMessage | None = None
+        if index == world.source:
+            if number == CONNECTED:
+                reply = recover.answer_as_source(ended, epoch, HOSTS[index])
+        elif number != CONNECTED or ended is not None:
+            message = self.memory.messages.values[number] if number >= 0 else None
+            if not isinstance(message, Finished):
+                reply = recover.answer_as_target(ended, epoch, HOSTS[index])
+        if reply is None or not world.link:
+            return world
+        other = world.hosts[1 - index]
+        return world.at(1 - index, other._replace(inbox=(*other.inbox, self.memory.messages.number(reply))))
+
+
+def _pass(number: int) -> facts.PassStarted:
+    return facts.PassStarted(
+        at_ms=number, number=number, sent_bytes=number, remaining_bytes=0, total_bytes=1, dirty_bytes_per_s=0
+    )
