@@ -66,7 +66,8 @@ svg .key-dirty{fill:var(--state)}
 @media print{:root{color-scheme:light;--bg:#fff;--card:#f3f4f6;--ink:#111;--soft:#444;--line:#ccc;--on:#fff;
 --setup:#777;--storage:#0f766e;--memory:#1d5fd1;--state:#c2410c;--cleanup:#6d5bb5;--good:#116b3f;--bad:#a3161f;
 --warn:#8a5200;--good-bg:#fff;--bad-bg:#fff;--warn-bg:#fff}
-body{font-size:11pt}main{max-width:none;padding:0}section{break-inside:avoid;margin-top:22px}svg{min-width:0}
+body{font-size:11pt}main{max-width:none;padding:0}section{margin-top:22px}.plot,tr{break-inside:avoid}h2{break-after:avoid}
+svg{min-width:0}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}.figures{grid-template-columns:repeat(6,1fr)}
 .figures dd{font-size:13pt}}
 @page{margin:16mm}
