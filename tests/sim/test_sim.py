@@ -9,7 +9,7 @@ from tests.sim.machine import Broken
 from tests.sim.run import many
 from tests.sim.world import HOSTS, Single, World
 
-MOVES = int(os.environ.get("KVMHV_SIM_MOVES", "2000"))
+MOVES = int(os.environ.get("KVMHV_SIM_MOVES", "50000" if os.environ.get("CI") else "2000"))
 FIRST_SEED = int(os.environ.get("KVMHV_SIM_SEED", "0"))
 SINGLE_SEEDS = (1, 2, 4)
 
