@@ -55,6 +55,6 @@ class NetworkGap:
     async def _look(self, watch: FrameWatch, resumed_ms: float) -> None:
         seen_ms = await watch.first_ms(FIRST_FRAME_S)
         if seen_ms is not None:
-            # QEMU's RESUME takes a moment to arrive here: a frame may be stamped before it.
-            self.after_resume_ms = max(0.0, seen_ms - resumed_ms)
+            # On a busy host QEMU's RESUME arrives late, and the frame, which the kernel stamps, may be before it.
+            self.after_resume_ms = seen_ms - resumed_ms
             self._on_seen(self.after_resume_ms)

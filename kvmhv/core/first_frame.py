@@ -1,7 +1,7 @@
 """The network gap in a move's report: from the guest's stop to its first frame at the target.
 
 The target knows it best and last: the blackout from the source's report, and on its own clock the time from RESUME to
-the frame. So no clocks have to be aligned for it.
+the frame (less than nothing where RESUME was noticed late). So no clocks have to be aligned for it.
 """
 
 import msgspec
@@ -15,7 +15,7 @@ def network_gap_ms(blackout_ms: float | None, first_frame_after_ms: float | None
     """Return the gap; None while one of its parts is not known."""
     if blackout_ms is None or first_frame_after_ms is None:
         return None
-    return blackout_ms + first_frame_after_ms
+    return max(0.0, blackout_ms + first_frame_after_ms)
 
 
 def noted(report: MoveReport, first_frame_after_ms: float | None) -> MoveReport:
@@ -24,4 +24,5 @@ def noted(report: MoveReport, first_frame_after_ms: float | None) -> MoveReport:
     if gap_ms is None or report.network_gap_ms is not None:
         return report
     step = BlackoutStep(name=NAME, host=report.target, at_ms=gap_ms)
-    return msgspec.structs.replace(report, network_gap_ms=gap_ms, blackout_steps=(*report.blackout_steps, step))
+    steps = sorted((*report.blackout_steps, step), key=lambda one: one.at_ms)
+    return msgspec.structs.replace(report, network_gap_ms=gap_ms, blackout_steps=tuple(steps))
