@@ -19,9 +19,26 @@ if TYPE_CHECKING:
 @click.option("--memory", default="256M", show_default=True, help="The guest's memory.")
 @click.option("--disk", default="64M", show_default=True, help="The guest's disk.")
 @click.option("--rounds", default=1, show_default=True, type=click.IntRange(1, 100), help="Times there and back.")
+@click.option(
+    "--storage",
+    type=click.Choice(["smb", "nfs", "iscsi"]),
+    help="Its disk lies on a server that both hosts reach: only memory moves.",
+)
+@click.option(
+    "--format", "disk_format", type=click.Choice(["qcow2", "raw"]), default="qcow2", help="With --storage: the disk's."
+)
 @json_option
 @click.pass_obj
-def demo(session: Session, rate: str, dirty: str, memory: str, disk: str, rounds: int) -> None:
+def demo(
+    session: Session,
+    rate: str,
+    dirty: str,
+    memory: str,
+    disk: str,
+    rounds: int,
+    storage: str | None,
+    disk_format: str,
+) -> None:
     """Move a busy VM between two hosts on this machine, and back, with its disk; watched from a third host.
 
     Makes what it needs (lab, guest) and leaves nothing running. Needs root.
@@ -34,7 +51,7 @@ def demo(session: Session, rate: str, dirty: str, memory: str, disk: str, rounds
         output.note(f"[{time.monotonic() - started:6.1f} s] {text}")
 
     work = Work(memory=memory, disk=disk, dirty=dirty, rate=rate)
-    report = Demo("demo", work, progress, rounds).run()
+    report = Demo("demo", work, progress, rounds, (storage, disk_format) if storage else None).run()
     if session.json:
         output.emit(_as_json(report))
     else:

@@ -20,9 +20,11 @@ from kvmhv.errors import HostError
 from kvmhv.lab.guest_images import GuestImages, ensure_guest_images
 from kvmhv.lab.lab import Lab, LabHost
 from kvmhv.lab.steps import Progress
+from kvmhv.lab.storage_host import DISK_LUNS, StorageHost
 
 VM = "web01"
 IMAGE = "linux"
+LOCATION = "server"
 GUEST_HOST_NUMBER = 50
 ACK_PORT, BEAT_PORT = 7000, 7001
 READY_TIMEOUT_S = 120.0
@@ -122,7 +124,14 @@ class Watch:
 class Demo:
     """One run. `command` runs the CLI with arguments on the terminal, `progress` says what happens."""
 
-    def __init__(self, name: str, work: Work, progress: Progress, rounds: int = 1) -> None:
+    def __init__(
+        self, name: str, work: Work, progress: Progress, rounds: int = 1, storage: tuple[str, str] | None = None
+    ) -> None:
+        """`storage`: the kind of server (`smb`, `nfs`, `iscsi`) and the format of the disk that lies on it.
+
+        Without one the disk lies on the hosts and moves too.
+        """
+        self._storage = storage
         self._name = name
         self._work = work
         self._progress = progress
@@ -140,7 +149,8 @@ class Demo:
 
     @contextmanager
     def _lab(self) -> Iterator[Lab]:
-        lab = Lab.up(self._name, rate=self._work.rate, progress=self._progress)
+        with_server = self._storage is not None
+        lab = Lab.up(self._name, rate=self._work.rate, storage=with_server, progress=self._progress)
         try:
             yield lab
         finally:
@@ -153,6 +163,9 @@ class Demo:
         watch = Watch(client, guest_ip)
         try:
             watch.wait("listening")
+            if self._storage is not None:
+                for host in ("host1", "host2"):
+                    self._kvmhv("--host", host, *StorageHost(lab).add_command(LOCATION, self._storage[0]))
             self._start_vm(images, client_ip, guest_ip)
             started = time.monotonic()
             watch.wait("ready")
@@ -172,7 +185,7 @@ class Demo:
             last_host = where["target"] if where["outcome"] == "done" else where["source"]
             self._progress(f"stopping {VM} and looking up every acknowledged write in its disk")
             self._kvmhv("--host", last_host, "vm", "stop", VM, "--force")
-            report.disk = self._look_up(lab.host(last_host), client.path(watch.acks))
+            report.disk = self._look_up(lab, last_host, client.path(watch.acks))
         finally:
             watch.end()
 
@@ -184,24 +197,38 @@ class Demo:
         )
         files = ["--kernel", str(images.vmlinuz), "--initrd", str(images.initrd)]
         self._kvmhv("--host", "host1", "image", "import", IMAGE, *files, "--append", append)
-        devices = ["--disk", f"size={work.disk}", "--switch", "lan"]
+        devices = ["--disk", self._disk(), "--switch", "lan"]
         self._kvmhv("--host", "host1", "vm", "create", VM, "--memory", work.memory, "--image", IMAGE, *devices)
         self._kvmhv("--host", "host1", "vm", "start", VM)
 
+    def _disk(self) -> str:
+        if self._storage is None:
+            return f"size={self._work.disk}"
+        kind, disk_format = self._storage
+        lun = f",lun={DISK_LUNS[0]}" if kind == "iscsi" else ""
+        return f"size={self._work.disk},location={LOCATION},format={disk_format}{lun}"
+
     def _move(self, source: str, target: str) -> dict[str, Any]:
-        self._progress(f"moving {VM} from {source} to {target} with its disk")
-        argv = self._argv("--host", source, "vm", "move", VM, "--to", target, "--include-storage")
+        where = "with its disk" if self._storage is None else f"; its disk stays on the {self._storage[0]} server"
+        self._progress(f"moving {VM} from {source} to {target} {where}")
+        options = ["--include-storage"] if self._storage is None else []
+        argv = self._argv("--host", source, "vm", "move", VM, "--to", target, *options)
         subprocess.run(argv, env=self._environment, check=False)
         moves = json.loads(self._kvmhv("--host", source, "--json", "move", "list"))
         newest: dict[str, Any] = moves[-1]
         return newest
 
-    def _look_up(self, host: LabHost, acks: Path) -> dict[str, Any]:
-        """Let the oracle look every acknowledged write up, on the host that has the disk."""
-        inside = "/var/lib/kvmhv/demo.acks"
+    def _look_up(self, lab: Lab, last_host: str, acks: Path) -> dict[str, Any]:
+        """Let the oracle look every acknowledged write up: on the host that has the disk, or in the server's copy."""
+        inside, host, disk_format = "/var/lib/kvmhv/demo.acks", lab.host(last_host), "qcow2"
         shutil.copy(acks, host.path(inside))
         image = f"/var/lib/kvmhv/disks/{VM}/disk0.qcow2"
-        argv = [*PYTHON, "-m", "kvmhv.lab.oracle", "--acks", inside, "--image", image, "--format", "qcow2"]
+        if self._storage is not None:
+            kind, disk_format = self._storage
+            image = "/var/lib/kvmhv/demo.img"
+            own = f"iscsi/disk{DISK_LUNS[0]}.img" if kind == "iscsi" else f"{kind}/{VM}/disk0.{disk_format}"
+            shutil.copy(StorageHost(lab).path(own), host.path(image))
+        argv = [*PYTHON, "-m", "kvmhv.lab.oracle", "--acks", inside, "--image", image, "--format", disk_format]
         found: dict[str, Any] = json.loads(host.exec(argv, check=False).stdout)
         return found
 

@@ -79,6 +79,15 @@ class StorageHost:
         """Return the machine's path to a file below DATA: the server's own copy."""
         return self.host.path(f"{DATA}/{inside}")
 
+    def add_command(self, name: str, kind: str) -> list[str]:
+        """Return the arguments of `kvmhv` that make this server a location, with the password in a file."""
+        shares = {"smb": SHARE, "nfs": NFS_EXPORT, "iscsi": IQN}
+        command = ["storage", "add", name, "--kind", kind, "--server", self.address, "--share", shares[kind]]
+        if kind != "nfs":
+            assert self.secret, "made before the file is named"
+            command += ["--user", USER, "--password-file", str(self._secret_file)]
+        return command
+
     # ---
 
     def _make_data(self) -> None:
