@@ -1,4 +1,4 @@
-"""The network gap: put together from the blackout and the frame, told to the move or to its record, never waited for."""
+"""The network gap: put together from the blackout and the frame, told to the move or its record, never waited for."""
 
 import asyncio
 from collections.abc import Mapping
