@@ -131,7 +131,7 @@ def test_nothing_is_estimated_while_no_throughput_is_known() -> None:
 def test_the_passes_are_played_through() -> None:
     """100 MiB/s sent, 50 MiB/s dirtied: each pass is half of the one before; 64 MiB: 64, 32, 16, 8, 4, 2, 1."""
     passes = (one_pass(1, 400, 64, 4.0), one_pass(2, 64, 32, 0.64))
-    seen = progress.estimate(standing(passes=passes, remaining_bytes=32 * MIB, pass_bytes=32 * MIB))
+    seen = progress.estimate(standing(passes=passes, remaining_bytes=32 * MIB))
     assert seen is not None
     assert (seen.switchover, seen.passes) == ("threshold", 7)
     to_send_s = (32 + 16 + 8 + 4 + 2 + 1) / 100
@@ -142,7 +142,7 @@ def test_the_passes_are_played_through() -> None:
 
 def test_a_guest_that_dirties_faster_ends_by_the_limit_whatever_its_working_set() -> None:
     passes = (one_pass(1, 400, 200, 4.0), one_pass(2, 200, 200, 2.0))
-    seen = progress.estimate(standing(passes=passes, remaining_bytes=200 * MIB, pass_bytes=200 * MIB))
+    seen = progress.estimate(standing(passes=passes, remaining_bytes=200 * MIB))
     assert seen is not None
     assert (seen.switchover, seen.passes) == ("pass-limit", 10)
     assert seen.blackout_ms == pytest.approx(2000 + progress.BLACKOUT_FIXED_S * 1000, rel=0.01)
@@ -150,9 +150,7 @@ def test_a_guest_that_dirties_faster_ends_by_the_limit_whatever_its_working_set(
 
 
 def test_the_first_pass_sends_what_is_used_not_what_is_empty() -> None:
-    seen = progress.estimate(
-        standing(remaining_bytes=3000 * MIB, pass_s=2.0, pass_sent_bytes=200 * MIB, pass_bytes=4096 * MIB)
-    )
+    seen = progress.estimate(standing(remaining_bytes=3000 * MIB, pass_s=2.0, pass_sent_bytes=200 * MIB))
     assert seen is not None
     assert seen.seconds_likely == pytest.approx(2.0 + progress.BLACKOUT_FIXED_S + progress.CLEANUP_S, rel=0.05)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 
 import structlog
 
@@ -52,83 +53,88 @@ class Agent:
     """Every part of the agent, joined. `start` takes up what an earlier agent left and opens the doors."""
 
     def __init__(self, config: Config) -> None:
-        clock = HostClock()
+        ground = _ground(config)
         self._config = config
         self._tasks: list[asyncio.Task[None]] = []
-        self._database = database = _database(config)
-        host_id = state_dir.host_id(database)
-        settings = Settings(database, config)
-        self._metrics = metrics = Metrics(kvmhv.__version__, config.name)
-        trusting = _trusting(config, database, clock)
-        peer, trust = trusting.peer, trusting.trust
-        log_of_events = Events(database, clock, config.name)
-        chronicle = Chronicle(metrics, log_of_events, database.reports())
-        journal = TimedJournal(database, metrics.journal_written)
-        self._qemu = qemu = Qemu(config, clock, metrics.qmp_answered)
-        disks = Storage(config)
-        self._locations = locations = Locations(config, host_id, database, disks)
-        network = LinuxNetwork(config)
-        images = Images(config, database, disks)
-        self._owners = owners = Owners(config.name, host_id, disks)
+        self._database, self._metrics, self._qemu = ground.database, ground.metrics, ground.qemu
+        peer, trust, disks = ground.trusting.peer, ground.trusting.trust, ground.disks
+        self._locations = Locations(config, ground.host_id, ground.database, disks)
+        images = Images(config, ground.database, disks)
+        self._owners = Owners(config.name, ground.host_id, disks)
         self._sharing = Sharing(disks)
-        self._vms = vms = Vms(config, database, qemu, disks, network, images, owners)
-        self._open_moves = open_moves = OpenMoves(
+        self._vms = Vms(config, ground.database, ground.qemu, disks, ground.network, images, self._owners)
+        journal = TimedJournal(ground.database, ground.metrics.journal_written)
+        self._open_moves = OpenMoves(
             config=config,
-            vms=vms,
-            hypervisor=qemu,
+            vms=self._vms,
+            hypervisor=ground.qemu,
             peer=peer,
             journal=journal,
-            clock=clock,
-            frames=PacketFrames(clock),
-            chronicle=chronicle,
+            clock=ground.clock,
+            frames=PacketFrames(ground.clock),
+            chronicle=ground.chronicle,
         )
         moves = Moves(
             config=config,
-            settings=settings,
-            vms=vms,
-            hypervisor=qemu,
+            settings=ground.settings,
+            vms=self._vms,
+            hypervisor=ground.qemu,
             peer=peer,
             journal=journal,
-            clock=clock,
-            inventories=Inventories(config, host_id, settings, vms, qemu, disks, network),
+            clock=ground.clock,
+            inventories=Inventories(
+                config, ground.host_id, ground.settings, self._vms, ground.qemu, disks, ground.network
+            ),
             sharing=self._sharing,
-            owners=owners,
-            open_moves=open_moves,
-            log_of_events=log_of_events,
+            owners=self._owners,
+            open_moves=self._open_moves,
+            log_of_events=ground.log_of_events,
         )
-        self._vm_states = VmStates(config.name, vms, qemu, open_moves.moving)
+        self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving)
+        self._other_hosts = OtherHosts(trust, peer)
+        self._listener = Listener(self._services(ground, images, moves))
+
+    def _services(self, ground: "_Ground", images: Images, moves: Moves) -> Services:
+        """Return what the API may use."""
+        config, settings, trust = self._config, ground.settings, ground.trusting.trust
+        tokens = Tokens(ground.database, ground.clock, config.limits.tokens)
         view = HostView(
             config=config,
-            host_id=host_id,
+            host_id=ground.host_id,
             settings=settings,
             trust=trust,
-            hypervisor=qemu,
-            disks=disks,
-            network=network,
-            running_moves=open_moves.reports,
+            hypervisor=ground.qemu,
+            disks=ground.disks,
+            network=ground.network,
+            running_moves=self._open_moves.reports,
         )
-        tokens = Tokens(database, clock, config.limits.tokens)
-        self._other_hosts = OtherHosts(trust, peer)
-        services = Services(
+        doctor = Doctor(
+            config=config,
+            settings=settings,
+            trust=trust,
+            hypervisor=ground.qemu,
+            disks=ground.disks,
+            network=ground.network,
+        )
+        return Services(
             config=config,
             settings=settings,
             host=view,
-            trusting=trusting,
+            trusting=ground.trusting,
             tokens=tokens,
-            sessions=Sessions(tokens, clock),
+            sessions=Sessions(tokens, ground.clock),
             other_hosts=self._other_hosts,
-            metrics=metrics,
-            vms=vms,
+            metrics=ground.metrics,
+            vms=self._vms,
             images=images,
-            locations=locations,
+            locations=self._locations,
             vm_states=self._vm_states,
-            events=log_of_events,
+            events=ground.log_of_events,
             moves=moves,
-            running_moves=open_moves.reports,
-            recent_moves=chronicle.recent,
-            doctor=Doctor(config=config, settings=settings, trust=trust, hypervisor=qemu, disks=disks, network=network),
+            running_moves=self._open_moves.reports,
+            recent_moves=ground.chronicle.recent,
+            doctor=doctor,
         )
-        self._listener = Listener(services)
 
     async def start(self) -> None:
         """Recover moves, then VMs, then answer. Raises HostError; `stop` is still to be called."""
@@ -163,6 +169,42 @@ class Agent:
         """Learn what QEMU can do before somebody asks: the answer is kept, and asking takes a while."""
         with contextlib.suppress(HostError):
             await self._qemu.probe()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ground:
+    """What the parts stand on: the outside of this host, and what is kept and counted of it."""
+
+    clock: HostClock
+    database: Database
+    host_id: str
+    settings: Settings
+    metrics: Metrics
+    log_of_events: Events
+    chronicle: Chronicle
+    trusting: Trusting
+    qemu: Qemu
+    disks: Storage
+    network: LinuxNetwork
+
+
+def _ground(config: Config) -> _Ground:
+    clock, database = HostClock(), _database(config)
+    metrics = Metrics(kvmhv.__version__, config.name)
+    log_of_events = Events(database, clock, config.name)
+    return _Ground(
+        clock=clock,
+        database=database,
+        host_id=state_dir.host_id(database),
+        settings=Settings(database, config),
+        metrics=metrics,
+        log_of_events=log_of_events,
+        chronicle=Chronicle(metrics, log_of_events, database.reports()),
+        trusting=_trusting(config, database, clock),
+        qemu=Qemu(config, clock, metrics.qmp_answered),
+        disks=Storage(config),
+        network=LinuxNetwork(config),
+    )
 
 
 def _database(config: Config) -> Database:

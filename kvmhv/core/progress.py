@@ -41,8 +41,6 @@ class Standing(Struct, frozen=True, kw_only=True):
     passes: tuple[Pass, ...] = ()
     pass_s: float = 0.0
     """Since the running pass began."""
-    pass_bytes: int = 0
-    """Dirty when the running pass began."""
     pass_sent_bytes: int = 0
     expected_dirty_bytes_per_s: float = 0.0
     """Measured before the move."""

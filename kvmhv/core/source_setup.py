@@ -148,7 +148,6 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
         state,
         memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
         memory_remaining_bytes=fact.remaining_bytes,
-        memory_total_bytes=fact.total_bytes,
         sampled_dirty_bytes_per_s=fact.sampled_dirty_bytes_per_s or state.sampled_dirty_bytes_per_s,
     )
     if state.step is SourceStep.MEMORY:
@@ -169,7 +168,6 @@ def pass_started(state: SourceState, fact: facts.Fact) -> Result:
         pass_begun=fact,
         memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
         memory_remaining_bytes=fact.remaining_bytes,
-        memory_total_bytes=fact.total_bytes,
     )
     effects: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
     switchover = precopy.decide(state.rule, fact)

@@ -92,7 +92,6 @@ class SourceState(Struct, frozen=True, kw_only=True):
     copied_bytes: int = 0
     memory_sent_bytes: int = 0
     memory_remaining_bytes: int = 0
-    memory_total_bytes: int = 0
     passes: tuple[Pass, ...] = ()
     pass_begun: PassStarted | None = None
     sampled_dirty_bytes_per_s: float | None = None
@@ -278,7 +277,6 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
         remaining_bytes=state.memory_remaining_bytes,
         passes=state.passes,
         pass_s=max(0.0, now_ms - begun.at_ms) / 1000 if begun else 0.0,
-        pass_bytes=begun.remaining_bytes if begun else 0,
         pass_sent_bytes=max(0, state.memory_sent_bytes - begun.sent_bytes) if begun else 0,
         expected_dirty_bytes_per_s=state.sampled_dirty_bytes_per_s or dirty_before,
         expected_bytes_per_s=state.throughput_bytes_per_s or 0.0,

@@ -4,8 +4,6 @@ import msgspec
 
 from kvmhv.model import MoveReport, Struct, VmSummary
 
-LAST_MOVES = 20
-
 
 class View(Struct, frozen=True, kw_only=True):
     """One host."""
