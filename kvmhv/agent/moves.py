@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import secrets
 import uuid
 from collections.abc import AsyncIterator
@@ -10,29 +9,30 @@ from collections.abc import AsyncIterator
 import msgspec
 import structlog
 
-from kvmhv.agent import events
+from kvmhv.agent import arriving_files, events
 from kvmhv.agent.api.services import CheckReport
 from kvmhv.agent.enquiry import enquire
 from kvmhv.agent.events import Events
 from kvmhv.agent.inventory import Inventories
-from kvmhv.agent.link import HELLO_S, Link
+from kvmhv.agent.link import Link
 from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.owners import Owners
 from kvmhv.agent.runner import Runner
 from kvmhv.agent.settings import Settings
 from kvmhv.agent.sharing import Sharing
-from kvmhv.agent.visit import Visit
+from kvmhv.agent.visit import Visit, first_hello
 from kvmhv.agent.vms import Vms
 from kvmhv.config import PROFILES, Config
-from kvmhv.core import admission, checks, facts, plan
+from kvmhv.core import admission, checks, facts, plan, resolve
 from kvmhv.core.handover import SourceHold, TargetHold
+from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState, TargetStep
 from kvmhv.errors import CallerError, KvmhvError, MoveFailed, PeerBroke, Refused
 from kvmhv.messages import Answer, Enquire, Offer, Proof
 from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
 from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
-from kvmhv.wire.session import SOURCE, TARGET, Hello, read_hello
+from kvmhv.wire.session import SOURCE, TARGET, Hello
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +40,7 @@ Written = list[Proof]
 """What a connection has made this host write for it."""
 
 CANCEL_WAIT_S = 60.0
+RESOLVE_WAIT_S = 20.0
 PASSES_MAX = 1000
 
 
@@ -182,6 +183,40 @@ class Moves:
                     report = change
         return report
 
+    async def choices(self, move_id: str) -> tuple[Choice, ...]:
+        """Return what an operator can decide about an open move on this host, each with its consequences."""
+        return resolve.choices((await self._standing(move_id)).state)
+
+    async def resolve(self, move_id: str, run_at: RunAt, asked: Asked) -> MoveReport:
+        """Take the operator's word for that of the side that is silent.
+
+        Raises CallerError `move-unknown`, `resolve-unneeded`, `resolve-impossible`.
+        """
+        runner = await self._standing(move_id)
+        offered = {choice.run_at for choice in resolve.choices(runner.state)}
+        if run_at not in offered:
+            known = ", ".join(sorted(offered))
+            text = f"this move cannot be resolved by running the VM at the {run_at} from {self._config.name}"
+            raise CallerError("resolve-impossible", text, f"the choices here are: {known}", http_status=409)
+        log.warning("move resolved by the operator", move=runner.state.move_id, run_at=str(run_at), caller=str(asked))
+        if resolve.ends_copy(runner.state, run_at):
+            await self._hypervisor.kill(runner.state.vm.id)
+        for fact in resolve.words(runner.state, run_at, self._clock.monotonic_ms(), str(asked)):
+            runner.put(fact)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RESOLVE_WAIT_S):
+                await runner.ended.wait()
+        return runner.report()
+
+    async def _standing(self, move_id: str) -> Runner:
+        report = await self.show(move_id)
+        runner = self._open.find(report.id, SOURCE) or self._open.find(report.id, TARGET)
+        if runner is None or not resolve.choices(runner.state):
+            text = f"the move {report.id} does not wait for an operator on {self._config.name} (it is {report.outcome})"
+            todo = f"see `kvmhv move show` on {report.source} and {report.target}"
+            raise CallerError("resolve-unneeded", text, todo, http_status=409)
+        return runner
+
     async def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
         """Yield the report now and after each change; ends after one whose outcome is not `running`."""
         report = await self.show(move_id)
@@ -197,7 +232,7 @@ class Moves:
     async def serve_peer(self, connection: PeerConnection) -> None:
         """Serve another agent's connection for one move; returns when it ends."""
         try:
-            first_frame, hello = await _first_hello(connection)
+            first_frame, hello = await first_hello(connection)
             own_role = TARGET if hello.role == SOURCE else SOURCE
             runner = self._open.find(hello.move_id, own_role)
             other = None
@@ -234,26 +269,7 @@ class Moves:
         state = runner.state if runner else None
         if not isinstance(state, TargetState) or state.source != peer_name or state.step is not TargetStep.RECEIVING:
             raise CallerError("file-not-wanted", f"no move of {peer_name} waits for {name!r} here", "", http_status=409)
-        kernel = state.vm.kernel
-        assert kernel is not None, "only a VM with a kernel is received in this step"
-        wanted = {
-            "kernel": (kernel.kernel_sha256, kernel.kernel_bytes),
-            "initrd": (kernel.initrd_sha256, kernel.initrd_bytes),
-        }
-        if name not in wanted:
-            raise CallerError("file-not-wanted", f"a VM has no file {name!r}", "", http_status=409)
-        digest, size_bytes = hashlib.sha256(), 0
-        directory = self._vms.kernel_directory(state.vm.id)
-        await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o700)
-        with (directory / name).open("wb") as file:
-            async for chunk in chunks:
-                size_bytes += len(chunk)
-                if size_bytes > wanted[name][1]:
-                    break
-                digest.update(chunk)
-                await asyncio.to_thread(file.write, chunk)
-        if (digest.hexdigest(), size_bytes) != wanted[name]:
-            raise CallerError("file-damaged", f"{name} did not arrive as it was announced", "move the VM again")
+        await arriving_files.keep(state.vm, name, chunks, self._vms.kernel_directory(state.vm.id))
 
     # --- as target
 
@@ -367,16 +383,6 @@ class Moves:
             if report.id == move_id:
                 return report
         return None
-
-
-async def _first_hello(connection: PeerConnection) -> tuple[bytes, Hello]:
-    try:
-        async with asyncio.timeout(HELLO_S):
-            async for frame in connection.frames():
-                return frame, read_hello(frame)
-    except TimeoutError:
-        pass
-    raise PeerBroke("protocol-order", "the other agent did not say Hello", host=connection.peer_name)
 
 
 def _as_error(refusal: Refusal) -> Refused:

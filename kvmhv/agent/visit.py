@@ -6,14 +6,14 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import structlog
 
-from kvmhv.agent.link import Link
+from kvmhv.agent.link import HELLO_S, Link
 from kvmhv.agent.runner import Runner
 from kvmhv.core import recover
-from kvmhv.errors import KvmhvError
+from kvmhv.errors import KvmhvError, PeerBroke
 from kvmhv.messages import Abort, Answer, AnyMessage, Enquire, FilesSent, Finished, Grant, MirrorsEnded, Offer, Refused
 from kvmhv.model import ErrorBody, MoveReport, Outcome
 from kvmhv.ports import Clock, PeerConnection
-from kvmhv.wire.session import SOURCE, TARGET, Hello
+from kvmhv.wire.session import SOURCE, TARGET, Hello, read_hello
 
 log = structlog.get_logger(__name__)
 
@@ -100,3 +100,14 @@ class Visit:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def first_hello(connection: PeerConnection) -> tuple[bytes, Hello]:
+    """Read the frame with which a connection begins. Raises PeerBroke `protocol-order`, `protocol-frame`."""
+    try:
+        async with asyncio.timeout(HELLO_S):
+            async for frame in connection.frames():
+                return frame, read_hello(frame)
+    except TimeoutError:
+        pass
+    raise PeerBroke("protocol-order", "the other agent did not say Hello", host=connection.peer_name)

@@ -1,5 +1,6 @@
 """`kvmhv vm check`, `kvmhv vm move` and `kvmhv move`: what a move would do, does and did."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,6 +235,40 @@ def cancel(session: Session, move_id: str) -> int:
     )
     output.error(late, as_json=False)
     return late.exit_status
+
+
+class _Choice(Struct, frozen=True, kw_only=True):
+    run_at: str
+    consequences: str
+
+
+@move.command()
+@click.argument("move_id", metavar="ID", type=MOVE)
+@click.option("--run-at", type=click.Choice(["source", "target", "restart"]), help="Where the VM shall run.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@click.pass_obj
+def resolve(session: Session, move_id: str, run_at: str | None, yes: bool) -> int:
+    """Decide a move that needs the operator. Without --run-at: the choices and what follows from each.
+
+    Ask the host whose copy shall go on or be given up; the other host keeps its own word.
+    """
+    agent = session.agent()
+    found = _find(agent, move_id)
+    offered = agent.call("GET", f"moves/{found.id}/choices", list[_Choice])
+    chosen = next((choice for choice in offered if choice.run_at == run_at), None)
+    if run_at is None:
+        session.answer(offered, lambda: output.pairs([(f"--run-at {it.run_at}", it.consequences) for it in offered]))
+        return 0
+    if chosen is not None and not yes:
+        output.note(chosen.consequences)
+        if not sys.stdin.isatty():
+            raise CallerError("confirm-needed", "this decision wants a confirmation", "add --yes")
+        click.confirm("Is that what you want?", abort=True, err=True)
+    body = {"run_at": run_at}
+    decided = agent.call("POST", f"moves/{found.id}/resolve", MoveReport, body=body, timeout_s=CHECK_TIMEOUT_S)
+    session.answer(decided, lambda: draw_report(decided))
+    return 0 if decided.error is None or decided.error.code == "resolved" else exit_status(decided)
 
 
 _CANCEL_TEXT = {

@@ -30,11 +30,10 @@ class Owner(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Refusal(Struct, frozen=True, kw_only=True):
-    """Why a host may not start the VM; `can_take_over`: the operator may know better."""
+    """Why a host may not start the VM; the operator may know better, and take it over."""
 
     code: str
     text: str
-    can_take_over: bool
 
 
 def encode(owner: Owner) -> bytes:
@@ -64,16 +63,16 @@ def may_claim(found: Owner | None, vm: Vm, host_id: str, place: str) -> Refusal 
         return None
     if found.vm_id != vm.id and found.held:
         text = f"{place} belongs to the VM {found.vm} of {found.host} ({found.vm_id})"
-        return Refusal(code="disk-owned", text=text, can_take_over=False)
+        return Refusal(code="disk-owned", text=text)
     if found.moving_to is not None:
         text = f"{place}: {found.vm} is moving from {found.host} (epoch {found.epoch}) to {found.moving_to}"
-        return Refusal(code="vm-moving", text=text, can_take_over=True)
+        return Refusal(code="vm-moving", text=text)
     if found.held and found.host_id != host_id:
         text = f"{place}: {found.vm} is owned by {found.host} (epoch {found.epoch}), which runs it or may still"
-        return Refusal(code="vm-owned-elsewhere", text=text, can_take_over=True)
-    if found.epoch > vm.epoch:
+        return Refusal(code="vm-owned-elsewhere", text=text)
+    if found.vm_id == vm.id and found.epoch > vm.epoch:
         text = f"{place}: {found.vm} has moved on (epoch {found.epoch}, this host's copy is of epoch {vm.epoch})"
-        return Refusal(code="vm-copy-stale", text=text, can_take_over=True)
+        return Refusal(code="vm-copy-stale", text=text)
     return None
 
 

@@ -94,8 +94,8 @@ def _without_process(state: TargetState, found: Restarted) -> tuple[TargetState,
         code="target-cannot-tell",
         message=f"{state.target} rebooted while it was about to take {state.vm.name} over: it cannot tell "
         "whether the VM ran there",
-        todo=f"if {state.source} still has its copy, the move ends by itself; else start the VM from the disks of the "
-        "side that you trust",
+        todo=f"if {state.source} has not granted it or knows that it ran, the move ends by itself; else: "
+        f"kvmhv move resolve {state.move_id}, here and there",
         host=state.target,
         exit_status=5,
     )

@@ -94,8 +94,8 @@ def granted_too_long(state: SourceState, fact: facts.Fact) -> Result:
         code="handover-unknown",
         message=f"the VM was granted to {state.target}, which does not say whether it runs there; "
         f"the copy on {state.source} stands still",
-        todo=f"bring {state.target} or the connection back (the move then ends by itself); only if {state.target} is "
-        f"surely dead and stays so, its copy may be given up",
+        todo=f"bring {state.target} or the connection back (the move then ends by itself); if that will never be: "
+        f"kvmhv move resolve {state.move_id}",
         host=state.source,
         exit_status=5,
     )
@@ -193,7 +193,8 @@ def cleanup_too_long(state: SourceState, fact: facts.Fact) -> Result:
         code="ownership-unconfirmed",
         message=f"the VM runs on {state.target}, which has not confirmed that it has recorded it; "
         f"its disks on {state.source} are kept until then",
-        todo=f"bring the agent of {state.target} back: the move then ends by itself",
+        todo=f"bring the agent of {state.target} back: the move then ends by itself; if that will never be: "
+        f"kvmhv move resolve {state.move_id}",
         host=state.target,
         exit_status=5,
     )

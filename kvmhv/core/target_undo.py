@@ -86,7 +86,8 @@ def timed_out(state: TargetState, fact: facts.Fact) -> Result:
             code="grant-missing",
             message=f"{vm} is complete on {state.target} and stands still: {state.source} has neither granted it nor "
             "taken it back",
-            todo=f"bring {state.source} or the connection back: the move then ends by itself",
+            todo=f"bring {state.source} or the connection back: the move then ends by itself; if that will never be: "
+            f"kvmhv move resolve {state.move_id}",
             host=state.target,
             exit_status=5,
         )

@@ -9,8 +9,9 @@ from aiohttp import web
 
 from kvmhv.agent.api.route import Call, Route
 from kvmhv.agent.api.services import CheckReport, Services
+from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.errors import CallerError, KvmhvError
-from kvmhv.model import MoveReport, MoveRequest
+from kvmhv.model import MoveReport, MoveRequest, Struct
 
 EVENT_INTERVAL_S = 0.1
 """Reports that come faster are skipped but for the newest; the last one is never skipped."""
@@ -40,6 +41,23 @@ async def show(api: Services, call: Call) -> MoveReport:
 async def cancel(api: Services, call: Call) -> MoveReport:
     """Answer POST /v1/moves/{id}/cancel."""
     return await api.moves.cancel(call.path("id"), call.asked())
+
+
+class Decision(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the operator decides about a move that stands still."""
+
+    run_at: RunAt
+
+
+async def choices(api: Services, call: Call) -> tuple[Choice, ...]:
+    """Answer GET /v1/moves/{id}/choices."""
+    return await api.moves.choices(call.path("id"))
+
+
+async def resolve(api: Services, call: Call) -> MoveReport:
+    """Answer POST /v1/moves/{id}/resolve."""
+    decision: Decision = call.body
+    return await api.moves.resolve(call.path("id"), decision.run_at, call.asked())
 
 
 async def events(api: Services, call: Call) -> web.StreamResponse:
@@ -143,6 +161,21 @@ MOVE_ROUTES = (
         path="/v1/moves/{id}/cancel",
         doc="Ask a move to end; the answer says how it ended.",
         handler=cancel,
+        response=MoveReport,
+    ),
+    Route(
+        method="GET",
+        path="/v1/moves/{id}/choices",
+        doc="What an operator can decide about a move that stands still, each with its consequences.",
+        handler=choices,
+        response=tuple[Choice, ...],
+    ),
+    Route(
+        method="POST",
+        path="/v1/moves/{id}/resolve",
+        doc="Decide a move that stands still; the operator's word stands for that of the side that is silent.",
+        handler=resolve,
+        request=Decision,
         response=MoveReport,
     ),
     Route(

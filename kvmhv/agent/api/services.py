@@ -13,6 +13,7 @@ from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
 from kvmhv.agent.web.sessions import Sessions
 from kvmhv.config import Config
+from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.model import (
     Asked,
@@ -141,6 +142,14 @@ class Moves(Protocol):
 
     async def cancel(self, move_id: str, asked: Asked) -> MoveReport:
         """Ask a move (id or prefix) to end; returns how it ended."""
+        ...
+
+    async def choices(self, move_id: str) -> tuple[Choice, ...]:
+        """Return what an operator can decide about a move that stands still on this host."""
+        ...
+
+    async def resolve(self, move_id: str, run_at: RunAt, asked: Asked) -> MoveReport:
+        """Take the operator's word for that of the side that is silent."""
         ...
 
     def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
