@@ -12,7 +12,7 @@ from kvmhv.drivers.auth.trust import Trust
 from kvmhv.drivers.storage import qemu_img
 from kvmhv.drivers.storage.directory import DEFAULT
 from kvmhv.errors import HostError
-from kvmhv.model import DEFAULT_MACHINE, GIB, Accel, Location, Problem, QemuInfo, Severity
+from kvmhv.model import DEFAULT_MACHINE, GIB, Accel, Access, Location, Problem, QemuInfo, Severity
 from kvmhv.ports import Disks, Hypervisor, Network
 
 LOW_SPACE_BYTES = 1 * GIB
@@ -163,6 +163,14 @@ def _versions(info: QemuInfo) -> Iterator[Problem]:
 
 
 def _location(location: Location) -> Iterator[Problem]:
+    if location.silent:
+        text = f"location {location.name} ({location.path}) does not answer"
+        yield _error("location-silent", text, "is its server up, and the network to it? VMs on it wait for it")
+    for why in location.unsafe:
+        text = f"location {location.name}: {why}"
+        yield _warning("location-unsafe", text, "mount it with the options that docs/storage.md names")
+    if location.access is not Access.DIRECTORY:
+        return
     path = Path(location.path)
     if not path.is_dir():
         if location.name != DEFAULT:  # that one is made with the first disk

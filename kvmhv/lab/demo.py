@@ -114,6 +114,9 @@ class Watch:
         """End the watcher."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -79,10 +79,10 @@ class StorageHost:
         """Return the machine's path to a file below DATA: the server's own copy."""
         return self.host.path(f"{DATA}/{inside}")
 
-    def add_command(self, name: str, kind: str) -> list[str]:
+    def add_command(self, name: str, kind: str, share: str | None = None) -> list[str]:
         """Return the arguments of `kvmhv` that make this server a location, with the password in a file."""
-        shares = {"smb": SHARE, "nfs": NFS_EXPORT, "iscsi": IQN}
-        command = ["storage", "add", name, "--kind", kind, "--server", self.address, "--share", shares[kind]]
+        share = share or {"smb": SHARE, "nfs": NFS_EXPORT, "iscsi": IQN}[kind]
+        command = ["storage", "add", name, "--kind", kind, "--server", self.address, "--share", share]
         if kind != "nfs":
             assert self.secret, "made before the file is named"
             command += ["--user", USER, "--password-file", str(self._secret_file)]
@@ -91,8 +91,9 @@ class StorageHost:
     # ---
 
     def _make_data(self) -> None:
-        for name in ("smb", "nfs", "nfs-readonly", "iscsi"):
+        for name in ("smb", "smb-other", "nfs", "nfs-readonly", "iscsi"):
             self.path(name).mkdir(mode=0o700, exist_ok=True)
+        self.host.path("/dev/kvmhv-full").mkdir(mode=0o700, exist_ok=True)
         sizes = {"records": RECORDS_BYTES} | {f"disk{lun}": LUN_BYTES for lun in DISK_LUNS}
         for name, size_bytes in sizes.items():
             file = self.path(f"iscsi/{name}.img")

@@ -66,6 +66,17 @@ async def export(qmp: Qmp, ip: str, ports: tuple[int, int], nodes: list[str]) ->
     raise HostError("no-port", f"no port of {ports[0]}-{ports[1]} is free on {ip}", "widen migration_ports")
 
 
+async def check_inactive(qmp: Qmp, nodes: set[str]) -> None:
+    """Make sure that an incoming QEMU leaves disks alone that the source still runs from.
+
+    Raises HostError `disk-active`. QEMU says so itself since 10.0; older ones do the same without saying it.
+    """
+    for node in await qmp.execute("query-named-block-nodes", {"flat": True}):
+        if node["node-name"] in nodes and node.get("active") is True:
+            text = f"the incoming QEMU has {node['node-name']} open for itself while the source runs from it"
+            raise HostError("disk-active", text, "report this, with the version of QEMU")
+
+
 async def unexport(qmp: Qmp) -> None:
     """End the NBD server and with it every export and connection; no error if there is none."""
     try:

@@ -341,6 +341,9 @@ class Qemu:
         ip, ports = plan.target_address, self._config.migration_ports
         await keys.add(qmp, directory, "server", psk_hex)
         await memory.set_capabilities(qmp, plan)
+        await blocks.check_inactive(
+            qmp, {layer_node(disk.name, 0) for disk in launch.vm.disks if not launch.arriving.get(disk.name)}
+        )
         nodes, sealed = [], []
         for disk in launch.vm.disks:
             for index in range(launch.arriving.get(disk.name, 0)):

@@ -155,7 +155,8 @@ async def mount_in_user_space(spec: LocationSpec, mountpoint: Path, secret_file:
     else:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    raise _unreachable(spec, log.read_text(errors="replace").strip()[-400:] or "the mount does not come up")
+    said = log.read_text(errors="replace").strip().rpartition("\n")[2].partition(": ")[2]
+    raise _unreachable(spec, said[-400:] or "the mount does not come up")
 
 
 def _make_directory(mountpoint: Path) -> None:

@@ -141,7 +141,10 @@ def connected(server: str, export: str) -> Iterator[Export]:
         library.nfs_set_autoreconnect(context, 0)
         library.nfs_set_timeout(context, int(TIMEOUT_S * 1000))
         mounted = Export(library, context, new_order)
-        mounted._call("nfs_mount", server.encode(), export.encode())
+        try:
+            mounted._call("nfs_mount", server.encode(), export.encode())
+        except OSError as error:  # whatever its number: the export cannot be used at all
+            raise ConnectionError(errno.ECONNREFUSED, error.strerror or "the server does not answer") from error
         yield mounted
     finally:
         library.nfs_destroy_context(context)

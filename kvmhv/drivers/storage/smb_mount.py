@@ -36,6 +36,9 @@ BLOCK_BYTES = 4096
 SESSION_LOST = frozenset({0xC0000203, 0xC000035C, 0xC00000C9, 0xC0000128, 0xC000020C, 0xC0000008})
 """USER_SESSION_DELETED, NETWORK_SESSION_EXPIRED, NETWORK_NAME_DELETED, FILE_CLOSED, CONNECTION_DISCONNECTED, ..."""
 
+ERRNO = {0xC00000A2: errno.EROFS, 0xC000007F: errno.ENOSPC, 0xC0000044: errno.EDQUOT}
+"""MEDIA_WRITE_PROTECTED (a read-only share), DISK_FULL, QUOTA_EXCEEDED: smbclient has no number for them."""
+
 Result = TypeVar("Result")
 
 
@@ -108,7 +111,7 @@ class Share:
                 return operation(repeated)
             except SMBOSError as error:
                 if error.ntstatus not in SESSION_LOST:
-                    raise OSError(error.errno or errno.EIO, str(error)) from error
+                    raise OSError(ERRNO.get(error.ntstatus, error.errno or errno.EIO), str(error)) from error
                 said: Exception = error
             except (SMBException, OSError, ValueError) as error:  # ValueError: a message cut short
                 said = error
