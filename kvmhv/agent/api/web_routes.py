@@ -15,10 +15,13 @@ from kvmhv.agent.api.services import Services
 from kvmhv.agent.web.sessions import COOKIE, LASTS_S
 from kvmhv.agent.web.view import HostLine, Page, View, slim
 from kvmhv.errors import CallerError, Refused
-from kvmhv.model import Struct
+from kvmhv.model import Outcome, Phase, Struct
 
 FILES = Path(__file__).parent.parent / "web"
 LOOK_S = 0.5
+BLACKOUT_WAIT_S = 0.05
+BLACKOUT_WAITS = 40
+"""So often the page lets a blackout pass; one that takes longer is to be seen."""
 HEARTBEAT_LOOKS = 10
 """So many looks without a change, then a comment, so that a dead reader is noticed."""
 
@@ -106,14 +109,24 @@ def _page(api: Services, call: Call) -> Page:
     return Page(hosts=(own, *api.other_hosts.lines()), by_cookie=call.caller.kind is Kind.PAGE)
 
 
+def _in_blackout(api: Services) -> bool:
+    """Whether a guest stands still: the page can wait, the guest's users cannot."""
+    return any(move.phase is Phase.STATE and move.outcome is Outcome.RUNNING for move in api.running_moves())
+
+
 async def live(api: Services, call: Call) -> web.StreamResponse:
     """Answer GET /web/live: what the page shows, each time that it changes; ends when the cookie does."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
     await response.prepare(call.request)
-    before, quiet = b"", 0
+    before, quiet, waited = b"", 0, 0
     cookie = call.request.cookies.get(COOKIE, "")
     with contextlib.suppress(ConnectionError):
         while call.caller.kind is not Kind.PAGE or api.sessions.name_of(cookie) is not None:
+            if waited < BLACKOUT_WAITS and _in_blackout(api):
+                waited += 1
+                await asyncio.sleep(BLACKOUT_WAIT_S)
+                continue
+            waited = 0
             now = msgspec.json.encode(_page(api, call))
             quiet = quiet + 1 if now == before else 0
             if quiet == 0:
