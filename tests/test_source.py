@@ -223,6 +223,28 @@ def test_a_qemu_that_dies_before_the_switchover_is_a_vm_that_is_stopped(step: So
     assert not driven.state.guest_runs
 
 
+@pytest.mark.parametrize(("step", "effect"), [(S.STORAGE, "MirrorDisks"), (S.MEMORY, "SendMemory")])
+def test_why_it_failed_is_the_cause_at_the_target_and_not_what_was_felt_here(step: SourceStep, effect: str) -> None:
+    felt = ErrorBody(code="mirror-failed", message="an input/output error", todo="", host="host1")
+    cause = ErrorBody(code="qemu-gone", message="QEMU was ended by signal 9", todo="", host="host2")
+    driven = at(step).told(facts.Failed(at_ms=50, effect=effect, error=felt)).hears(Refused(epoch=1, error=cause))
+    driven.told(facts.Undone(at_ms=60), facts.GuestRuns(at_ms=61, resumed_ms=61))
+    error = driven.final().error
+    assert error is not None
+    assert (error.code, error.host, error.message) == (
+        "qemu-gone",
+        "host2",
+        "QEMU was ended by signal 9; the VM runs on host1",
+    )
+
+
+def test_a_target_that_repeats_what_it_heard_changes_nothing() -> None:
+    felt = ErrorBody(code="mirror-failed", message="an input/output error", todo="", host="host1")
+    driven = at(S.STORAGE).told(facts.Failed(at_ms=50, effect="MirrorDisks", error=felt))
+    driven.told(facts.Undone(at_ms=60), facts.GuestRuns(at_ms=61, resumed_ms=61)).hears(Refused(epoch=1, error=felt))
+    assert driven.final().error == felt
+
+
 def test_cancelled_is_not_said_of_a_vm_that_does_not_run() -> None:
     driven = at(S.MEMORY).told(facts.CancelRequested(at_ms=50, caller="somebody"), GONE)
     driven.told(facts.Failed(at_ms=51, effect="UndoSource", error=ERROR)).hears(Refused(epoch=1, error=ERROR))

@@ -90,10 +90,26 @@ def target_undone(state: SourceState, fact: facts.Fact) -> Result:
     if message.epoch != state.hold.epoch:
         return state, []
     first = not state.target_undone
-    state = update(state, hold=handover.take_refusal(state.hold, message.epoch), target_undone=True)
+    hold = handover.take_refusal(state.hold, message.epoch)
+    state = update(state, hold=hold, target_undone=True, failure=_cause(state, message.error))
     if first and state.undone and not state.resumed:
         return _resume(state, fact.at_ms)
     return _end_when_undone(state, fact.at_ms)
+
+
+SYMPTOMS = ("mirror-failed", "memory-failed", "migrate-failed")
+"""What a fault of either side looks like from the other one: a connection of QEMU's that broke."""
+
+
+def _cause(state: SourceState, said: ErrorBody) -> ErrorBody | None:
+    """Return why the move failed: the target's own reason, where this side has only felt its consequence.
+
+    A target that heard of the failure from here says the same back.
+    """
+    felt = state.failure
+    if felt is None or felt.code not in SYMPTOMS or said.code in SYMPTOMS or state.hold.copy_lost:
+        return felt
+    return msgspec.structs.replace(said, message=f"{said.message}; the VM runs on {state.source}")
 
 
 def target_undone_unknown(state: SourceState, fact: facts.Fact) -> Result:

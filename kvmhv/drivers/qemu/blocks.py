@@ -27,6 +27,9 @@ LAYER = "layer-"
 TARGET = "target-"
 COPY = "copy-"
 POLL_S = 0.1
+BUFFER_MIN_BYTES = 64 * 1024
+BUFFER_MAX_BYTES = 16 * 1024 * 1024
+"""QEMU's own."""
 NODE_NAME_MAX = 31
 NBD_GREETING = b"NBDMAGICIHAVEOPT"
 """The first bytes of a server (the NBD protocol, "fixed newstyle negotiation")."""
@@ -265,7 +268,7 @@ async def _copy_layer(qmp: Qmp, plan: Plan, port: int, copy: DiskCopy, layer: _L
             "device": COPY + name,
             "target": TARGET + name,
             "sync": "full" if lowest else "top",
-            "speed": _speed(plan),
+            **_pace(plan),
             "auto-dismiss": False,
         },
     )
@@ -297,16 +300,23 @@ async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> Non
             "target": TARGET + disk,
             "sync": "top" if len(state.copy.target_layers) > 1 else "full",
             "copy-mode": "write-blocking",
-            "speed": _speed(plan),
+            **_pace(plan),
             "auto-dismiss": False,
         },
     )
     state.mirroring = True
 
 
-def _speed(plan: Plan) -> int:
-    """Bytes per second for one of the copies that run at once (0: no limit); the guest's own writes are not held."""
-    return plan.rule.bandwidth_bytes_per_s // max(1, len(plan.disk_copies))
+def _pace(plan: Plan) -> dict[str, int]:
+    """Return the limit of one of the copies that run at once; the guest's own writes are not held.
+
+    A mirror reads as much as its buffer holds and then pauses until that much was allowed: the buffer (16 MiB if not
+    told) holds what goes in a second, or a slow copy would look like one that stands still.
+    """
+    speed = plan.rule.bandwidth_bytes_per_s // max(1, len(plan.disk_copies))
+    if not speed:
+        return {}
+    return {"speed": speed, "buf-size": max(BUFFER_MIN_BYTES, min(BUFFER_MAX_BYTES, speed))}
 
 
 async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None:
