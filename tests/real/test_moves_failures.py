@@ -10,13 +10,13 @@ from tests.real.moving import MIB, Answer, Pair, Report
 
 pytestmark = pytest.mark.real
 
-SLOW = ("--bandwidth", "2M")
+SLOW = ("--bandwidth", "8M")
 
 
 @pytest.fixture
 def busy(pair: Pair) -> Pair:
     """web01 runs at host1, with a disk of its own and one full of data."""
-    pair.a.sh("mkdir -p /srv && head -c 8M /dev/urandom > /srv/data.raw")
+    pair.a.sh("mkdir -p /srv && head -c 5M /dev/urandom > /srv/data.raw")
     disks = ("--disk", "size=4M", "--disk", "file=/srv/data.raw,format=raw")
     pair.boot_fast(8 * MIB, *disks, "--switch", "lan")
     return pair
