@@ -1,0 +1,58 @@
+"""`script/bench`: the command line of the benchmark."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from kvmhv import __version__
+from kvmhv.errors import KvmhvError
+from kvmhv.lab.bench import page
+from kvmhv.lab.bench.cases import CASES
+from kvmhv.lab.bench.run import run
+
+ROUNDS, QUICK_ROUNDS = 7, 3
+
+
+def main(arguments: list[str]) -> int:
+    """Run it; exit status 1 when a case broke, 2 when the request is wrong."""
+    parser = argparse.ArgumentParser(prog="script/bench", description="kvmhv beside virsh and QMP by hand, in the lab.")
+    parser.add_argument("--quick", action="store_true", help="two small guests, three rounds: under ten minutes")
+    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this case")
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"rounds of each case ({ROUNDS}; quick: {QUICK_ROUNDS})"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the page with the plots there")
+    parser.add_argument("--lab", default="bench", metavar="NAME", help="the name of the lab that is made for it")
+    given = parser.parse_args(arguments)
+    cases = [case for case in CASES if not given.quick or case.in_quick]
+    if given.case:
+        cases = [case for case in CASES if case.name in given.case]
+    rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
+    started_s = time.monotonic()
+
+    def progress(text: str) -> None:
+        sys.stderr.write(f"{time.monotonic() - started_s:6.0f} s  {text}\n")
+
+    try:
+        result = {
+            "kvmhv": __version__,
+            "quick": given.quick,
+            "rounds": rounds,
+            **run(given.lab, cases, rounds, progress),
+        }
+    except KvmhvError as error:
+        sys.stderr.write(f"bench: {error}\n")
+        return error.exit_status
+    if given.json is not None:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    if given.html is not None:
+        given.html.write_text(page.page(result))
+    sys.stdout.write(page.text(result))
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""What is compared: guests, links, ways to move, and which ratio has which target. Pure."""
+
+from dataclasses import dataclass
+
+KVMHV, RAW, VIRSH = "kvmhv", "raw", "virsh"
+GUEST_NUMBERS = {RAW: 61, VIRSH: 62, KVMHV: 63}
+"""Each way has a guest of its own: last byte of its address in the network `lan`."""
+
+DOWNTIME_S = 0.3
+"""QEMU's and virsh's default rule: switch over when what remains can be sent in so long."""
+
+
+@dataclass(frozen=True)
+class Guest:
+    """The Linux guest of `vm-images/` with its work; sizes in MiB."""
+
+    memory_mib: int
+    dirty_mib_per_s: int
+    dirty_set_mib: int
+    kind: str = "random"
+    disk_mib: int = 0
+
+    def append(self, method: str, beat_port: int, client_ip: str) -> str:
+        """Return the guest's parameters on its kernel command line."""
+        ip = f"{client_ip.rsplit('.', 1)[0]}.{GUEST_NUMBERS[method]}"
+        words = [
+            f"kvmhv.ip={ip}/24",
+            f"kvmhv.dirty={self.dirty_mib_per_s}M" if self.dirty_mib_per_s else "kvmhv.dirty=0",
+            f"kvmhv.dirty_set={self.dirty_set_mib}M",
+            f"kvmhv.dirty_kind={self.kind}",
+            f"kvmhv.beat={client_ip}:{beat_port}@2ms",
+        ]
+        if self.disk_mib:
+            words += ["kvmhv.disk=/dev/vda", "kvmhv.disk_rate=50"]
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to move a guest: a method with its options."""
+
+    name: str
+    method: str
+    label: str
+    tls: bool = True
+    own_rule: bool = True
+    """kvmhv's and raw's rule: stop at 1 MiB remaining or after ten passes. False: QEMU's 300 ms."""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A ratio that is looked at: the median over the rounds of `way`'s figure by `other`'s."""
+
+    way: str
+    other: str
+    metric: str
+    target: float | None = None
+    """At most; None: shown without a target."""
+    at_least: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One guest on one link, moved by several ways in turn."""
+
+    name: str
+    title: str
+    guest: Guest
+    rate: str
+    ways: tuple[Way, ...]
+    comparisons: tuple[Comparison, ...]
+    in_quick: bool = True
+
+
+OURS = Way("kvmhv", KVMHV, "kvmhv, defaults (TLS)")
+OURS_300 = Way("kvmhv-300ms", KVMHV, "kvmhv (TLS), virsh's rule: what can be sent in 300 ms", own_rule=False)
+BY_HAND = Way("raw", RAW, "QMP by hand, TLS, kvmhv's rule")
+BY_HAND_PLAIN = Way("raw-plain", RAW, "QMP by hand, no TLS, QEMU's own rule", tls=False, own_rule=False)
+VIRSH_TLS = Way("virsh-tls", VIRSH, "virsh --live --p2p --tls", own_rule=False, options=("--tls",))
+VIRSH_PLAIN = Way("virsh", VIRSH, "virsh --live --p2p, defaults (no TLS)", tls=False, own_rule=False)
+VIRSH_PARALLEL = Way(
+    "virsh-parallel", VIRSH, "virsh --tls --parallel (2)", own_rule=False,
+    options=("--tls", "--parallel", "--parallel-connections", "2"),
+)  # fmt: skip
+VIRSH_TIMEOUT = Way(
+    "virsh-timeout", VIRSH, "virsh --tls --timeout 10 (then suspended)", own_rule=False,
+    options=("--tls", "--timeout", "10", "--timeout-suspend"),
+)  # fmt: skip
+
+LIKE_WITH_LIKE = (
+    Comparison("kvmhv", "raw", "wall_s", 1.05, note="same TLS, one channel, same rule"),
+    Comparison("kvmhv", "raw", "blackout_ms", 1.10, note="same TLS, one channel, same rule"),
+    Comparison("kvmhv-300ms", "virsh-tls", "wall_s", 0.80, note="same TLS, one channel, same rule"),
+    Comparison("kvmhv-300ms", "virsh-tls", "blackout_ms", 0.75, note="same TLS, one channel, same rule"),
+    Comparison("kvmhv", "virsh", "wall_s", note="defaults against defaults: kvmhv encrypts, virsh does not"),
+    Comparison("kvmhv", "virsh", "blackout_ms", note="defaults against defaults: kvmhv encrypts, virsh does not"),
+)
+FIVE_WAYS = (BY_HAND, VIRSH_TLS, OURS_300, VIRSH_PLAIN, OURS)
+
+IDLE = Case("idle-256", "256 MiB, idle, 1 Gbit/s", Guest(256, 0, 64), "1gbit", FIVE_WAYS, LIKE_WITH_LIKE)
+BUSY = Case("busy-256", "256 MiB, 20 MiB/s dirtied, 1 Gbit/s", Guest(256, 20, 64), "1gbit", FIVE_WAYS, LIKE_WITH_LIKE)
+BUSY_SLOW = Case(
+    "busy-256-slow", "256 MiB, 20 MiB/s dirtied, 400 Mbit/s", Guest(256, 20, 64), "400mbit",
+    (*FIVE_WAYS, VIRSH_PARALLEL), LIKE_WITH_LIKE, in_quick=False,
+)  # fmt: skip
+LARGE = Case(
+    "large-1g", "1 GiB, 20 MiB/s dirtied, 1 Gbit/s", Guest(1024, 20, 512), "1gbit",
+    (*FIVE_WAYS, BY_HAND_PLAIN), LIKE_WITH_LIKE, in_quick=False,
+)  # fmt: skip
+FIERCE = Case(
+    "fierce-1g", "1 GiB, 100 MiB/s dirtied, 1 Gbit/s", Guest(1024, 100, 256), "1gbit",
+    (BY_HAND, VIRSH_TIMEOUT, OURS),
+    (
+        Comparison("kvmhv", "raw", "wall_s", 1.05, note="same TLS, one channel, same rule"),
+        Comparison("kvmhv", "raw", "blackout_ms", 1.10, note="same TLS, one channel, same rule"),
+        Comparison("kvmhv", "virsh-timeout", "wall_s", note="different rules: ten passes against 10 s, then suspended"),
+        Comparison("kvmhv", "virsh-timeout", "blackout_ms", note="different rules: ten passes against 10 s"),
+    ),
+    in_quick=False,
+)  # fmt: skip
+DISK = Case(
+    "disk-1g", "256 MiB and a full 1 GiB disk that is written to, 1 Gbit/s", Guest(256, 0, 32, disk_mib=1024), "1gbit",
+    (BY_HAND, VIRSH_TLS, OURS_300, OURS),
+    (
+        Comparison("kvmhv", "raw", "wall_s", 1.05, note="same TLS, same rule, same copy mode"),
+        Comparison("kvmhv", "raw", "blackout_ms", 1.10, note="same TLS, same rule, same copy mode"),
+        Comparison("kvmhv-300ms", "virsh-tls", "wall_s", 0.90, note="same TLS, same rule"),
+        Comparison("kvmhv-300ms", "virsh-tls", "blackout_ms", 0.75, note="same TLS, same rule"),
+    ),
+    in_quick=False,
+)  # fmt: skip
+CASES = (IDLE, BUSY, BUSY_SLOW, LARGE, FIERCE, DISK)
