@@ -48,6 +48,13 @@ def test_what_was_not_granted_is_taken_back(step: SourceStep) -> None:
     assert effects.index(ef.Journal) < effects.index(ef.UndoSource)
 
 
+def test_a_lost_volatile_journal_makes_a_completed_source_a_granted_one() -> None:
+    evidence = found(status="postmigrate", migration="completed", rebooted=True)
+    after, effects = again(at(S.SWITCHING).state, evidence)
+    assert (after.step, after.hold.right) == (S.GRANTED, SourceRight.GRANTED)
+    assert ef.Cont not in effects
+
+
 def test_before_the_offer_there_is_nothing_to_take_back() -> None:
     after, effects = again(at(S.ENQUIRING).state, found())
     assert after.step is S.ENDED

@@ -69,6 +69,10 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 await asyncio.gather(*(conversation.drained() for conversation in self._conversations))
 
+    async def close(self) -> None:
+        """End every connection: whoever is there is not to wait for answers that nobody gives any more."""
+        await asyncio.gather(*(conversation.end() for conversation in self._conversations))
+
     async def keep(self, peer: Peer, host: str, first_after_s: float = 0.0) -> None:
         """Connect to the host, and again whenever no connection stands; ends by cancellation."""
         await asyncio.sleep(first_after_s)
@@ -126,6 +130,10 @@ class _Conversation:
         """Queue a message; a full outbox means that the other side does not read, and ends the connection."""
         with contextlib.suppress(asyncio.QueueFull):
             self._outbox.put_nowait(self._session.frame(message))
+
+    async def end(self) -> None:
+        """Close the connection."""
+        await self._connection.close()
 
     async def drained(self) -> None:
         """Wait until the outbox is empty."""

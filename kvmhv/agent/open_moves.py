@@ -176,6 +176,7 @@ class OpenMoves:
         finally:
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
+            self._spawn(link.close(), f"last words of {state.move_id}")
         self._runners.pop((state.move_id, runner.machine.role), None)
         self._vms.release(state.vm.name, state.move_id)
         self._vms.disks.settle_owner(state.vm)

@@ -15,7 +15,18 @@ import structlog
 
 from kvmhv.agent.link import Link
 from kvmhv.core import facts
-from kvmhv.core.effects import ClearTimer, Effect, Finish, Journal, NeedOperator, Send, SetTimer
+from kvmhv.core.effects import (
+    ClearTimer,
+    Effect,
+    EndCopy,
+    Finish,
+    Journal,
+    NeedOperator,
+    Send,
+    SetTimer,
+    UndoSource,
+    UndoTarget,
+)
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState
 from kvmhv.errors import HostError, KvmhvError
@@ -27,6 +38,10 @@ from kvmhv.ports import Journal as JournalPort
 log = structlog.get_logger(__name__)
 
 State = SourceState | TargetState
+TAKES_BACK = (UndoSource, UndoTarget, EndCopy)
+WORK = ("SendFiles", "MirrorDisks", "SendMemory", "StopGuest", "FinishMirrors", "ContinueSwitchover", "Unexport")
+"""Effects that have lost their meaning when the move's traces are taken back."""
+
 FINISH_WAIT_S = 30.0
 """How long the last effects (a Cont, say) may take before a move that has ended is put away."""
 
@@ -75,6 +90,8 @@ class Runner:
         self._facts: asyncio.Queue[facts.Fact] = asyncio.Queue(queue_limit)
         self._events: asyncio.Queue[QemuEvent] = asyncio.Queue(queue_limit)
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._fired: set[str] = set()
+        """Timers that are over and were not set anew or cleared since."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
         self._log = log.bind(move=state.move_id, role=machine.role)
@@ -121,6 +138,8 @@ class Runner:
             await self._perform_all(first)
             while self.final is None:
                 fact = await self._facts.get()
+                if isinstance(fact, facts.TimerFired) and fact.name not in self._fired:
+                    continue  # it was set anew or cleared while it waited here
                 before = self.state
                 self.state, effects = self.machine.step(before, fact)
                 self._tell(fact, before, effects)
@@ -182,6 +201,8 @@ class Runner:
 
     async def _answer(self, effect: Effect) -> None:
         name = type(effect).__name__
+        if isinstance(effect, TAKES_BACK):
+            await self._end_work()
         try:
             fact = await self.machine.performer(effect)()
         except KvmhvError as error:
@@ -193,6 +214,13 @@ class Runner:
             fact = facts.Failed(at_ms=self._clock.monotonic_ms(), effect=name, error=body)
         if fact is not None:
             self.put(fact)
+
+    async def _end_work(self) -> None:
+        """What is still under way must not go on beside the taking back; what QEMU was told before comes before it."""
+        under_way = [task for task in self._tasks if task.get_name() in WORK]
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
 
     async def _finish(self, report: MoveReport) -> None:
         pending = [task for task in self._tasks if task.get_name() == "Cont"]
@@ -217,9 +245,11 @@ class Runner:
 
     def _fire(self, name: str) -> None:
         self._timers.pop(name, None)
+        self._fired.add(name)
         self.put(facts.TimerFired(at_ms=self._clock.monotonic_ms(), name=name))
 
     def _clear_timer(self, name: str) -> None:
+        self._fired.discard(name)
         timer = self._timers.pop(name, None)
         if timer is not None:
             timer.cancel()

@@ -21,7 +21,7 @@ from kvmhv.core.effects import (
     UndoSource,
 )
 from kvmhv.core.source_state import SourceState, report
-from kvmhv.errors import HostError
+from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import ErrorBody, MoveReport, Vm
 from kvmhv.ports import Clock, Hypervisor, MemoryStats, Peer, QemuEvent
 
@@ -164,9 +164,13 @@ class SourceMachine:
         return facts.CopyEnded(at_ms=self._clock.monotonic_ms())
 
     async def _remove_copy(self, effect: RemoveCopy) -> facts.Fact:
-        await self._vms.remove_disks(self._vm, tuple(copy.disk for copy in effect.plan.disk_copies))
+        warnings: tuple[str, ...] = ()
+        try:
+            await self._vms.remove_disks(self._vm, tuple(copy.disk for copy in effect.plan.disk_copies))
+        except KvmhvError as error:  # the record goes all the same: nothing here may start the VM a second time
+            warnings = (f"a disk that has moved is left here: {error.message}",)
         await self._vms.forget(self._vm.id)
-        return facts.CopyRemoved(at_ms=self._clock.monotonic_ms())
+        return facts.CopyRemoved(at_ms=self._clock.monotonic_ms(), warnings=warnings)
 
     # --- events
 

@@ -10,15 +10,15 @@ from kvmhv.agent.link import HELLO_S, Link
 from kvmhv.agent.runner import Runner
 from kvmhv.core import recover
 from kvmhv.errors import KvmhvError, PeerBroke
-from kvmhv.messages import Abort, Answer, AnyMessage, Enquire, FilesSent, Finished, Grant, MirrorsEnded, Offer, Refused
-from kvmhv.model import ErrorBody, MoveReport, Outcome
+from kvmhv.messages import Abort, Answer, AnyMessage, Enquire, FilesSent, Grant, MirrorsEnded, Offer, Refused
+from kvmhv.model import MoveReport
 from kvmhv.ports import Clock, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello, read_hello
 
 log = structlog.get_logger(__name__)
 
-LATE_MESSAGES = (Grant, Abort, MirrorsEnded, FilesSent)
-"""What a source says only to a target that was once ready: it must have an answer, even from one that forgot."""
+LATE_MESSAGES = (Offer, Grant, Abort, MirrorsEnded, FilesSent)
+"""What must have an answer, even from a target that forgot the move or has ended it."""
 
 
 class Visit:
@@ -60,11 +60,10 @@ class Visit:
             return
         if self._hello.role == SOURCE:
             self.link.send(recover.answer_as_target(self._ended, self._hello.epoch, self._host))
-        elif self._ended.outcome is Outcome.DONE:
-            self.link.send(Finished(epoch=self._hello.epoch, report=self._ended))
-        else:
-            error = self._ended.error or ErrorBody(code="move-ended", message="the move had ended", todo="")
-            self.link.send(Abort(epoch=self._hello.epoch, error=error))
+            return
+        answer = recover.answer_as_source(self._ended, self._hello.epoch, self._host)
+        if answer is not None:
+            self.link.send(answer)
 
     def _lost(self, error: KvmhvError) -> None:
         pass
@@ -72,7 +71,7 @@ class Visit:
     def _heard(self, message: AnyMessage) -> None:
         if isinstance(message, Enquire):
             self._spawn(self._answer(message))
-        elif isinstance(message, Offer):
+        elif isinstance(message, Offer) and self._ended is None:
             self._spawn(self._take(message))
         elif isinstance(message, LATE_MESSAGES):
             self.link.send(recover.answer_as_target(self._ended, self._hello.epoch, self._host))

@@ -34,6 +34,11 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
     if state.step is SourceStep.UNDOING:
         timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
         return state, [timer, UndoSource(timeout_s=state.timeouts.undo_s / 2)]
+    if found.rebooted and found.process and found.migration == "completed" and state.step in MAYBE_COMPLETE:
+        # The volatile journal was lost without a reboot: whether it was granted is not known any more.
+        given, effects = handover.grant(hold, sent=True)
+        state = msgspec.structs.replace(state, hold=given, step=SourceStep.GRANTED, guest_runs=False)
+        return state, [*effects, Journal(), SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
     if hold.copy_lost and state.step in MAYBE_COMPLETE:
         given, effects = handover.grant(hold, sent=False)
         state = msgspec.structs.replace(state, hold=given, step=SourceStep.GRANTED, guest_runs=False)
