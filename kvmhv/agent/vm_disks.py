@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import structlog
 
 from kvmhv.agent.images import Images
 from kvmhv.agent.owners import Owners
@@ -20,6 +21,8 @@ from kvmhv.errors import CallerError, HostError, KvmhvError
 from kvmhv.model import Disk, DiskFormat, DiskSpec, Layer, Struct, Vm, VmSpec
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Disks, Records
+
+log = structlog.get_logger(__name__)
 
 KIND = "disks-made"
 DEFAULT_LOCATION = "default"
@@ -141,10 +144,23 @@ class VmDisks:
         """The VM is defined now: its files are its own."""
         self._records.delete(KIND, vm_id)
 
-    def unfinished_creates(self) -> tuple[str, ...]:
-        """Ids of VMs whose create an agent's end cut short."""
-        found = [(key, msgspec.json.decode(value, type=Ledger)) for key, value in self._records.all(KIND)]
-        return tuple(key for key, ledger in found if not ledger.arriving)
+    async def recover(self) -> tuple[str, ...]:
+        """Undo the creates that an agent's end cut short; returns the ids of those VMs.
+
+        A storage that does not let its files go must not keep the agent from starting: the next start tries again.
+        """
+        undone = []
+        for vm_id, value in self._records.all(KIND):
+            if self._vms.get(vm_id) is not None:
+                self.keep(vm_id)
+            elif not msgspec.json.decode(value, type=Ledger).arriving:
+                try:
+                    await self.undo(vm_id)
+                except KvmhvError as error:
+                    log.warning("half-made disks are left", vm=vm_id, error=str(error))
+                else:
+                    undone.append(vm_id)
+        return tuple(undone)
 
     # --- disks that other hosts see
 

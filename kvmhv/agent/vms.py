@@ -65,11 +65,8 @@ class Vms:
         A VM whose QEMU has ended meanwhile is recorded as crashed; half-made creates and uploads are undone.
         """
         await self._images.recover()
-        for vm_id in self._disks.unfinished_creates():
-            if self._records.get(vm_id) is None:
-                await self._undo_create(vm_id)
-            else:
-                self._disks.keep(vm_id)
+        for vm_id in await self._disks.recover():
+            await asyncio.to_thread(_remove_tree, self.kernel_directory(vm_id))
         known = await self._hypervisor.known()
         for record in self._records.all():
             if record.vm.id in known:

@@ -2,8 +2,9 @@
 
 FILE is a MountFile as JSON. The program serves the mount (FUSE) until it is unmounted; it is a process of its own, so
 that mount and VMs outlive the agent. Nothing is cached anywhere: every read and write of QEMU is one at the server
-(direct_io, no attribute cache), a guest's flush is an SMB2 FLUSH there, files are opened for writing through. The
-connection is signed and encrypted (SMB 3).
+(direct_io, no attribute cache), a write is on the server's disk when it is done (write-through: a flush on a new
+connection could not tell that the server's host lost it), a flush is an SMB2 FLUSH. The connection is signed and
+encrypted (SMB 3).
 
 When the server is away, operations wait and are tried again on a new connection, for `patience_s`; then they fail with
 EIO, and QEMU stops the guest. All of them can be repeated: a write names its place, and what was made or removed by the
@@ -11,6 +12,7 @@ lost attempt is taken for success. A QEMU that is killed meanwhile stays until i
 write can reach the share after its process is gone.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -19,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +36,12 @@ SILENCE_MS = 15_000
 """A server that acknowledges nothing for so long is taken for gone; the connection is made anew."""
 CONNECT_S = 10
 BLOCK_BYTES = 4096
+CREDIT_BYTES = 64 * 1024
+"""What one credit of the server's allows in one request (MS-SMB2 3.1.5.2)."""
+CREDITS_SAY = "credits are available"
+CREDITS_AGAIN_S = 0.002
+REQUESTS_AT_ONCE = 16
+"""Fewer than the credits that a server gives to begin with: a request without credit is none."""
 SESSION_LOST = frozenset({0xC0000203, 0xC000035C, 0xC00000C9, 0xC0000128, 0xC000020C, 0xC0000008})
 """USER_SESSION_DELETED, NETWORK_SESSION_EXPIRED, NETWORK_NAME_DELETED, FILE_CLOSED, CONNECTION_DISCONNECTED, ..."""
 
@@ -72,6 +81,7 @@ class Share:
         self._config = config
         self._lock = threading.Lock()
         self._cache: dict[str, Any] = {}
+        self._requests = threading.BoundedSemaphore(REQUESTS_AT_ONCE)
         self.generation = 0
 
     def connect(self) -> None:
@@ -108,13 +118,19 @@ class Share:
         while True:
             generation = self.generation
             try:
-                return operation(repeated)
+                with self._requests:
+                    return operation(repeated)
             except SMBOSError as error:
                 if error.ntstatus not in SESSION_LOST:
+                    if error.ntstatus not in ERRNO and error.errno in (0, errno.EIO, None):
+                        _say(f"the server's answer: {error}")
                     raise OSError(ERRNO.get(error.ntstatus, error.errno or errno.EIO), str(error)) from error
                 said: Exception = error
             except (SMBException, OSError, ValueError) as error:  # ValueError: a message cut short
                 said = error
+                if CREDITS_SAY in str(error):  # nothing was sent
+                    time.sleep(CREDITS_AGAIN_S)
+                    continue
             if time.monotonic() > deadline:
                 _say(f"given up: {said!r}")
                 raise OSError(errno.EIO, str(said))
@@ -126,7 +142,7 @@ class Share:
             if self.generation != generation:
                 return  # somebody else has
             _say(f"connection lost: {why!r}")
-            smbclient.reset_connection_cache(fail_on_error=False, connection_cache=self._cache)
+            self._drop()
             try:
                 self.connect()
             except (SMBException, OSError, ValueError):
@@ -134,6 +150,13 @@ class Share:
                 return
             self.generation += 1
             _say("connected again")
+
+    def _drop(self) -> None:
+        """Close the connection without a word over it: the server closes every file that was open on it."""
+        for connection in self._cache.values():
+            with contextlib.suppress(SMBException, OSError, ValueError):
+                connection.disconnect(close=False)
+        self._cache.clear()
 
 
 class SmbFiles(mfusepy.Operations):
@@ -260,22 +283,31 @@ class SmbFiles(mfusepy.Operations):
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         """pread(2)."""
         handle = self._handles[fh]
+        parts = []
+        for at in range(offset, offset + size, CREDIT_BYTES):
+            part = self._share.again(partial(self._read, handle, at, min(CREDIT_BYTES, offset + size - at)))
+            parts.append(part)
+            if not part:
+                break
+        return b"".join(parts)
 
-        def attempt(_again: bool) -> bytes:
-            raw = self._opened(handle)
-            end = raw.fd.end_of_file
-            if offset + size > end:  # the file may have grown since it was opened
-                end = self._attributes(path)["st_size"]
-            wanted = min(size, end - offset)
-            return bytes(raw.fd.read(offset, wanted)) if wanted > 0 else b""
-
-        return self._share.again(attempt)
+    def _read(self, handle: Handle, offset: int, size: int, _again: bool) -> bytes:
+        raw = self._opened(handle)
+        end = raw.fd.end_of_file
+        if offset + size > end:  # the file may have grown since it was opened
+            end = self._attributes(handle.path)["st_size"]
+        wanted = min(size, end - offset)
+        return bytes(raw.fd.read(offset, wanted)) if wanted > 0 else b""
 
     def write(self, path: str, data: bytes, offset: int, fh: int) -> int:
         """pwrite(2): at the server when it returns."""
         handle = self._handles[fh]
-        self._share.again(lambda _again: self._opened(handle).fd.write(data, offset))
+        for at in range(0, len(data), CREDIT_BYTES):
+            self._share.again(partial(self._write, handle, data[at : at + CREDIT_BYTES], offset + at))
         return len(data)
+
+    def _write(self, handle: Handle, data: bytes, offset: int, _again: bool) -> None:
+        self._opened(handle).fd.write(data, offset, write_through=True)
 
     def truncate(self, path: str, length: int, fh: int | None = None) -> int:
         """truncate(2); others may have the file open."""
