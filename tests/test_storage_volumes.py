@@ -1,0 +1,61 @@
+"""Records beside images in a directory: swapped against what was read, one host at a time."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvmhv.drivers.storage import volumes
+from kvmhv.drivers.storage.volumes import DirectoryVolume, LunVolume
+from kvmhv.places import Lun
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> DirectoryVolume:
+    return DirectoryVolume(tmp_path)
+
+
+def test_a_record_is_changed_only_if_it_is_as_it_was_read(volume: DirectoryVolume) -> None:
+    name = volume.owner_record("disk0.raw")
+    assert volume.read_record(name) is None
+    assert volume.swap_record(name, None, b"a")
+    assert not volume.swap_record(name, None, b"b")
+    assert not volume.swap_record(name, b"x", b"b")
+    assert volume.read_record(name) == b"a"
+    assert volume.swap_record(name, b"a", b"b")
+    assert volume.swap_record(name, b"b", None)
+    assert volume.read_record(name) is None
+    assert list(volume.root.iterdir()) == []
+
+
+def test_many_at_once_lose_no_change(volume: DirectoryVolume) -> None:
+    assert volume.swap_record("count", None, b"0")
+
+    def add() -> None:
+        done = 0
+        while done < 10:
+            old = volume.read_record("count") or b""
+            done += volume.swap_record("count", old, b"%d" % (int(old) + 1))
+
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert volume.read_record("count") == b"40"
+
+
+def test_a_lock_that_nobody_lets_go_is_named(volume: DirectoryVolume, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(volumes, "LOCK_S", 0.0)
+    (volume.root / "record.lock").touch()
+    with pytest.raises(OSError, match=r"record\.lock"):
+        volume.swap_record("record", None, b"a")
+    assert volume.read_record("record") is None
+
+
+@pytest.mark.parametrize("path", ["", "x", "1", "-1", "99999", "2/3", "\u0662"])
+def test_a_lun_for_a_disk_is_a_number_and_not_the_records_lun(path: str) -> None:
+    volume = LunVolume(Lun(portal="p:3260", target="iqn", lun=1, initiator="iqn"), "")
+    with pytest.raises(OSError, match="no number"):
+        volume.place(path)
+    assert volume.place("2") == Lun(portal="p:3260", target="iqn", lun=2, initiator="iqn")
