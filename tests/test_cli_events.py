@@ -58,3 +58,13 @@ def test_following_goes_on_where_it_was_when_the_agent_comes_back(
     lines = capsys.readouterr().out.splitlines()
     assert [json.loads(line)["number"] for line in lines[:2]] == [7, 8]
     assert reached == ["after=7", "after=8", "after=8"]
+
+
+def test_following_without_the_old_ones_begins_after_the_newest(
+    agent: ScriptedAgent, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = b"event: error\ndata: " + msgspec.json.encode(ENOUGH) + b"\n\n"
+    agent.on("GET", "/v1/events/stream", lambda request: Raw(200, iter([ends])))
+    assert main.main(["events", "--follow", "--limit", "0"]) == 4
+    assert capsys.readouterr().out == ""
+    assert agent.asked("GET", "/v1/events/stream")[0].path.endswith("after=7")

@@ -28,14 +28,16 @@ def events(session: Session, follow: bool, after: int | None, limit: int) -> Non
     With --json: a list; with --follow a line of JSON for each event.
     """
     agent = session.agent()
-    path = f"events?limit={limit}" + (f"&after={after}" if after is not None else "")
-    kept = agent.call("GET", path, list[Event])
+    # At least one is asked for: its number is where following begins.
+    path = f"events?limit={max(1, limit)}" + (f"&after={after}" if after is not None else "")
+    newest = agent.call("GET", path, list[Event])
+    kept = newest if limit else []
     if not follow:
         session.answer(kept, lambda: _draw(kept))
         return
     for event in kept:
         _tell(session, event)
-    _follow(session, agent, kept[-1].number if kept else after or 0)
+    _follow(session, agent, newest[-1].number if newest else after or 0)
 
 
 def _follow(session: Session, agent: Agent, reached: int) -> None:
