@@ -25,7 +25,6 @@ USER = "kvmhv"
 SHARE = "vms"
 NFS_EXPORT = f"{DATA}/nfs"
 IQN = "iqn.2024-01.test.kvmhv:vms"
-RECORDS_LUN = 1
 DISK_LUNS = (2, 3, 4, 5)
 LUN_BYTES = 256 * 1024**2
 RECORDS_BYTES = 4 * 1024**2
