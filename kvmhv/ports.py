@@ -292,7 +292,7 @@ class Network(Protocol):
 
 
 class FrameWatch(Protocol):
-    """A look at the taps of one VM. What comes from its opening on is kept, so nothing is lost before somebody waits."""
+    """A look at the taps of one VM. What comes from its opening on is kept: nothing is lost before somebody waits."""
 
     async def first_ms(self, timeout_s: float) -> float | None:
         """Return when the guest's first frame came, on the host's monotonic clock; None if none came in time."""
@@ -320,7 +320,6 @@ class PeerConnection(Protocol):
     peer_name: str
     """The host's name, proved by its certificate."""
     peer_ip: str
-    local_ip: str
 
     async def send(self, frame: bytes) -> None:
         """Send a frame. Raises PeerUnreachable when the connection is gone."""

@@ -89,7 +89,7 @@ class SourceMachine:
                 return self._end_copy
             case RemoveCopy():
                 return partial(self._remove_copy, effect)
-        raise NotImplementedError(type(effect).__name__)
+        raise AssertionError(f"{type(effect).__name__} is no effect of a source")
 
     # --- effects
 

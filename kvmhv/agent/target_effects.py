@@ -50,7 +50,7 @@ class TargetMachine:
                 return self._adopt
             case UndoTarget():
                 return partial(self._undo, effect)
-        raise NotImplementedError(type(effect).__name__)
+        raise AssertionError(f"{type(effect).__name__} is no effect of a target")
 
     # --- effects
 

@@ -148,6 +148,10 @@ def _processor(vm: Vm, source: Inventory, target: Inventory) -> Iterator[Finding
             f"{target.host} cannot give the guest all features of {vm.cpu}: {', '.join(missing)} missing",
             "give the VM a CPU model that both hosts have (the default one is the safest)",
         )
+    yield from _hypervisors(vm, source, target)
+
+
+def _hypervisors(vm: Vm, source: Inventory, target: Inventory) -> Iterator[Finding]:
     accel = source.facts_of_vm.accel if source.facts_of_vm else source.qemu.accel
     if accel is not target.qemu.accel:
         yield _error(

@@ -93,7 +93,6 @@ class WebSocketConnection:
         self._session = session
         self.peer_name = peer_name
         self.peer_ip = _ip(socket.get_extra_info("peername"))
-        self.local_ip = _ip(socket.get_extra_info("sockname"))
 
     async def send(self, frame: bytes) -> None:
         """Send a frame. Raises PeerUnreachable when the connection is gone."""

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from kvmhv.lab.guest_images import AS_FAST_AS_IT_CAN, GuestImages, ensure_guest_images, write_boot_guest
-from kvmhv.lab.oracle import read_acks, verify_raw
+from kvmhv.lab.oracle import Ack, read_acks, verify_raw
 from kvmhv.lab.tree import cache_lock, ensure_trees
 
 pytestmark = pytest.mark.real
@@ -323,15 +323,18 @@ async def test_the_linux_guest_works_and_every_write_is_there(
     assert report["boot_ids"] == [state["boot_id"]]
     assert report["total"]["beats"]["lost"] == report["total"]["beats"]["doubled"] == report["acks_malformed"] == 0
     for name, path in disks.items():
-        acks = read_acks(tmp_path / "report.json.acks", name)
-        slots = -(-sizes[name] // 4096)
-        assert {ack.kind for ack in acks} == {"start", "data", "zeros", "discard", "will-zeros", "will-discard"}
-        assert {0, slots - 1} <= {ack.slot for ack in acks if ack.kind == "data"}
-        verdict = verify_raw(acks, path)
-        assert verdict.ok, verdict.problems
-        assert verdict.found > 100
-        last_data = [ack for ack in {ack.slot: ack for ack in acks}.values() if ack.kind == "data"][-1]
-        with path.open("r+b") as file:  # and the oracle does look
-            file.seek(last_data.slot * 4096 + 100)
-            file.write(b"damage")
-        assert verify_raw(acks, path).torn == 1
+        _every_write_is_there(read_acks(tmp_path / "report.json.acks", name), path, sizes[name])
+
+
+def _every_write_is_there(acks: list[Ack], path: Path, size_bytes: int) -> None:
+    slots = -(-size_bytes // 4096)
+    assert {ack.kind for ack in acks} == {"start", "data", "zeros", "discard", "will-zeros", "will-discard"}
+    assert {0, slots - 1} <= {ack.slot for ack in acks if ack.kind == "data"}
+    verdict = verify_raw(acks, path)
+    assert verdict.ok, verdict.problems
+    assert verdict.found > 100
+    last_data = [ack for ack in {ack.slot: ack for ack in acks}.values() if ack.kind == "data"][-1]
+    with path.open("r+b") as file:  # and the oracle does look
+        file.seek(last_data.slot * 4096 + 100)
+        file.write(b"damage")
+    assert verify_raw(acks, path).torn == 1

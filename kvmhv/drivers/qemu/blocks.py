@@ -16,6 +16,7 @@ from typing import Any
 
 from kvmhv.drivers.qemu.graph import Node, file_node, layer_node
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
+from kvmhv.drivers.qemu.nodes import used_bytes
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLost, QmpRefused
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError, KvmhvError
@@ -67,17 +68,6 @@ async def export(qmp: Qmp, ip: str, ports: tuple[int, int], nodes: list[str]) ->
             )
         return port
     raise HostError("no-port", f"no port of {ports[0]}-{ports[1]} is free on {ip}", "widen migration_ports")
-
-
-async def check_inactive(qmp: Qmp, nodes: set[str]) -> None:
-    """Make sure that an incoming QEMU leaves disks alone that the source still runs from.
-
-    Raises HostError `disk-active`. QEMU says so itself since 10.0; older ones do the same without saying it.
-    """
-    for node in await qmp.execute("query-named-block-nodes", {"flat": True}):
-        if node["node-name"] in nodes and node.get("active") is True:
-            text = f"the incoming QEMU has {node['node-name']} open for itself while the source runs from it"
-            raise HostError("disk-active", text, "report this, with the version of QEMU")
 
 
 async def unexport(qmp: Qmp) -> None:
@@ -214,12 +204,6 @@ async def undo(qmp: Qmp, timeout_s: float) -> None:
                     await qmp.execute("blockdev-del", {"node-name": name})
     except TimeoutError:
         raise QmpLost("qemu-hangs", "the copies of the disks do not end", "end the VM's QEMU by hand") from None
-
-
-async def used_bytes(qmp: Qmp) -> dict[str, int]:
-    """Return the allocated bytes of each format and file node's image by node name."""
-    nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
-    return {node["node-name"]: node["image"].get("actual-size", 0) for node in nodes}
 
 
 # ---

@@ -14,6 +14,7 @@ from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
 from kvmhv.drivers.qemu.instance import Instance, marks
+from kvmhv.drivers.qemu.nodes import check_inactive, used_bytes
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError
@@ -126,7 +127,7 @@ class Qemu:
         qmp = instance.qmp
         status, migration = await qmp.together(("query-status", {}), ("query-migrate", {}))
         running = bool(status["running"])
-        used = await blocks.used_bytes(qmp) if vm.disks else {}
+        used = await used_bytes(qmp) if vm.disks else {}
         sampled = None if running else 0.0
         if running and dirty_rate:
             sampled = await sampled_dirty_rate(qmp)
@@ -341,7 +342,7 @@ class Qemu:
         ip, ports = plan.target_address, self._config.migration_ports
         await keys.add(qmp, directory, "server", psk_hex)
         await memory.set_capabilities(qmp, plan)
-        await blocks.check_inactive(
+        await check_inactive(
             qmp, {layer_node(disk.name, 0) for disk in launch.vm.disks if not launch.arriving.get(disk.name)}
         )
         nodes, sealed = [], []
