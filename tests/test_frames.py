@@ -30,7 +30,7 @@ MAC = "52:54:00:12:34:56"
 OTHER = "52:54:00:12:34:57"
 IPV4, RARP = 0x0800, 0x8035
 
-CASES = ("first_frame", "sent_to_it", "while_nobody_waits", "no_such_tap")
+CASES = ("first_frame", "sent_to_it", "while_nobody_waits", "the_tap_goes", "no_such_tap")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/net/tun").exists(), reason="needs root and taps")
@@ -103,6 +103,19 @@ async def while_nobody_waits() -> None:
         await watch.close()
 
 
+async def the_tap_goes() -> None:
+    """A VM that moves on at once: nobody waits for its frame any longer, and nothing is logged."""
+    broken: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: broken.append(context))
+    with tap():
+        watch = await PacketFrames(HostClock()).watch({TAP: MAC})
+        looking = asyncio.create_task(watch.first_ms(60.0))
+        await asyncio.sleep(0.01)
+    assert await asyncio.wait_for(looking, 10.0) is None
+    await watch.close()
+    assert broken == []
+
+
 async def no_such_tap() -> None:
     with pytest.raises(HostError) as caught:
         await PacketFrames(HostClock()).watch({TAP: MAC})
@@ -111,5 +124,7 @@ async def no_such_tap() -> None:
 
 if __name__ == "__main__":
     asyncio.run(
-        {case.__name__: case for case in (first_frame, sent_to_it, while_nobody_waits, no_such_tap)}[sys.argv[1]]()
+        {case.__name__: case for case in (first_frame, sent_to_it, while_nobody_waits, the_tap_goes, no_such_tap)}[
+            sys.argv[1]
+        ]()
     )

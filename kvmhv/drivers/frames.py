@@ -6,7 +6,6 @@ is taken, so a busy event loop does not matter.
 """
 
 import asyncio
-import contextlib
 import ctypes
 import socket
 import struct
@@ -48,15 +47,21 @@ class PacketWatch:
         self._sockets = sockets
 
     async def first_ms(self, timeout_s: float) -> float | None:
-        """Return when the first frame came, on the host's monotonic clock; None if none came in time."""
+        """Return when the first frame came, on the host's monotonic clock; None if none came in time or can come."""
         loop = asyncio.get_running_loop()
         seen: asyncio.Future[float] = loop.create_future()
 
         def look(readable: socket.socket) -> None:
-            with contextlib.suppress(BlockingIOError):
+            try:
                 at_ms = self._stamp_ms(readable)
+            except BlockingIOError:
+                return
+            except OSError as error:  # the tap went down: the VM has ended, or moved on before it said anything
                 if not seen.done():
-                    seen.set_result(at_ms)
+                    seen.set_exception(error)
+                return
+            if not seen.done():
+                seen.set_result(at_ms)
 
         for one in self._sockets:
             loop.add_reader(one, look, one)
