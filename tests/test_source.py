@@ -238,6 +238,12 @@ def test_why_it_failed_is_the_cause_at_the_target_and_not_what_was_felt_here(ste
     )
 
 
+def test_the_blackout_begins_when_qemu_stopped_the_guest_by_itself() -> None:
+    driven = at(S.MEMORY).told(facts.PreSwitchover(at_ms=30, stopped_ms=12))
+    assert driven.state.stopped_ms == 12
+    assert at(S.MEMORY).told(facts.PreSwitchover(at_ms=30)).state.stopped_ms == 30
+
+
 def test_a_target_that_repeats_what_it_heard_changes_nothing() -> None:
     felt = ErrorBody(code="mirror-failed", message="an input/output error", todo="", host="host1")
     driven = at(S.STORAGE).told(facts.Failed(at_ms=50, effect="MirrorDisks", error=felt))

@@ -1,6 +1,7 @@
 """What performs the source's effects, and what QEMU's events mean to the source."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -55,6 +56,8 @@ class SourceMachine:
         self.put: Callable[[facts.Fact], None] = lambda fact: None
         """Where facts go that come while an effect is under way (progress)."""
         self._polling = False
+        self._stopped_ms: float | None = None
+        """Since when the guest stands still, as QEMU says: it may have switched over by itself, before it was told."""
 
     def step(self, state: State, fact: facts.Fact) -> tuple[State, list[Effect]]:
         """Decide."""
@@ -139,6 +142,7 @@ class SourceMachine:
         self._polling = False  # nothing else talks to QEMU in the blackout
         told_ms = self._clock.monotonic_ms()
         await self._hypervisor.stop_guest(self._vm.id)
+        told_ms = min(told_ms, self._stopped_ms or math.inf)
         return facts.GuestStopped(at_ms=self._clock.monotonic_ms(), told_ms=told_ms)
 
     async def _finish_mirrors(self) -> facts.Fact:
@@ -180,6 +184,8 @@ class SourceMachine:
             return await self._pass_started(event) if self._polling else None
         if event.name == "MIGRATION":
             return await self._migration_status(event)
+        if event.name in ("STOP", "RESUME"):
+            self._stopped_ms = event.at_ms if event.name == "STOP" else None
         if event.name == "GONE":
             return facts.QemuGone(at_ms=event.at_ms, error=_gone(self._vm, event))
         return None
@@ -199,7 +205,7 @@ class SourceMachine:
     async def _migration_status(self, event: QemuEvent) -> facts.Fact | None:
         match event.data.get("status"):
             case "pre-switchover":
-                return facts.PreSwitchover(at_ms=event.at_ms)
+                return facts.PreSwitchover(at_ms=event.at_ms, stopped_ms=self._stopped_ms)
             case "completed":
                 return facts.MemorySent(at_ms=event.at_ms)
             case "failed" | "cancelled":

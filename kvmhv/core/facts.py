@@ -150,7 +150,9 @@ class GuestStopped(Fact, frozen=True, kw_only=True):
 
 
 class PreSwitchover(Fact, frozen=True, kw_only=True):
-    """QEMU holds before the device state; the guest is stopped."""
+    """QEMU holds before the device state; the guest is stopped. `stopped_ms`: since when, if QEMU said so."""
+
+    stopped_ms: float | None = None
 
 
 class CopyEnded(Fact, frozen=True, kw_only=True):

@@ -41,10 +41,12 @@ def guest_stopped(state: SourceState, fact: facts.Fact) -> Result:
 
 def converged(state: SourceState, fact: facts.Fact) -> Result:
     """QEMU reached its switchover by itself: so little was left that it did not wait for the lever."""
+    assert isinstance(fact, facts.PreSwitchover)
     complete = state.pass_begun.number if state.pass_begun else 1
     switchover = precopy.converged(complete)
     state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False, pre_switchover=True)
-    after, effects = guest_stopped(state, facts.GuestStopped(at_ms=fact.at_ms, told_ms=fact.at_ms))
+    stopped_ms = fact.at_ms if fact.stopped_ms is None else fact.stopped_ms
+    after, effects = guest_stopped(state, facts.GuestStopped(at_ms=fact.at_ms, told_ms=stopped_ms))
     return after, [*effects, ClearTimer(name=IDLE_TIMER), *blackout_timer(after)]
 
 

@@ -165,6 +165,11 @@ class Side:
         """Return what a guest that has moved away had said here."""
         return self.file(f"/run/kvmhv/ended/{vm_id}/console.log").read_text(errors="replace")
 
+    def qmp_event_ms(self, directory: str, event: str) -> float:
+        """Return when QEMU said this last, in the clock that all hosts of a lab share."""
+        lines = self.file(f"/run/kvmhv/{directory}/qmp.log").read_text().splitlines()
+        return [float(line.split()[0]) for line in lines if f'"event":"{event}"' in line][-1]
+
     def agent_files(self) -> int:
         """Return how many files and sockets the agent has open."""
         pid = self.host.agent_status().pid
@@ -262,6 +267,9 @@ class Pair:
         report: Report = answer.json
         self.remember(source)
         assert report["warnings"] == [], report
+        seen_ms = source.qmp_event_ms(f"ended/{self.vm_id}", "STOP"), target.qmp_event_ms(f"vm/{self.vm_id}", "RESUME")
+        inaccuracy_ms = report["blackout_uncertainty_ms"] + 5
+        assert report["blackout_ms"] >= seen_ms[1] - seen_ms[0] - inaccuracy_ms, (seen_ms, report)
         return report
 
     def remember(self, source: Side) -> None:
