@@ -273,6 +273,8 @@ class Locations:
         if spec.kind is LocationKind.SMB or (spec.kind is LocationKind.NFS and not spec.path):
             with contextlib.suppress(HostError):
                 await mounts.unmount(self._mountpoint(spec.name))
+            with contextlib.suppress(OSError):  # still mounted, or never made
+                await asyncio.to_thread(self._mountpoint(spec.name).rmdir)
         for suffix in (".json", ".log"):
             (self._mountpoint(spec.name).parent / f"{spec.name}{suffix}").unlink(missing_ok=True)
         self._secret_file(spec.name).unlink(missing_ok=True)

@@ -65,6 +65,10 @@ class Owners:
                 log.warning("ownership taken over", vm=vm.name, was=refusal.text)
             return mine
 
+        if take_over:
+            for disk, volume in self._disks(vm):
+                layer = disk.layers[0]
+                await self._storage.ask(layer.location, partial(volume.break_lock, volume.owner_record(layer.path)))
         await self._change(vm, change)
 
     async def let_go(self, vm: Vm) -> None:

@@ -75,6 +75,9 @@ def failed(location: str, path: str, error: OSError) -> HostError | CallerError:
         return HostError("disk-missing", f"{place}: {said}", "bring the file back, or remove the VM")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HostError("location-full", f"{place}: {said}", "make room, or choose another location")
+    if error.errno == errno.EBUSY:
+        todo = "try again; if a host died in just that moment, --take-over breaks its lock"
+        return HostError("ownership-locked", f"{place}: {said}", todo)
     if error.errno == errno.EINVAL:
         return CallerError("path-invalid", f"{place}: {said}", "give another")
     if error.errno == errno.EROFS or isinstance(error, PermissionError):

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import mfusepy
 import msgspec
 import smbclient
-from smbprotocol.exceptions import SMBException, SMBOSError
+from smbprotocol.exceptions import SMBException, SMBOSError, SMBResponseException
 from smbprotocol.open import CreateOptions
 
 AGAIN_S = 0.5
@@ -116,15 +116,15 @@ class Share:
         deadline = time.monotonic() + self._config.patience_s
         repeated = False
         while True:
-            generation = self.generation
+            with self._lock:  # not while the connection is being made
+                generation = self.generation
             try:
                 with self._requests:
                     return operation(repeated)
-            except SMBOSError as error:
-                if error.ntstatus not in SESSION_LOST:
-                    if error.ntstatus not in ERRNO and error.errno in (0, errno.EIO, None):
-                        _say(f"the server's answer: {error}")
-                    raise OSError(ERRNO.get(error.ntstatus, error.errno or errno.EIO), str(error)) from error
+            except (SMBOSError, SMBResponseException) as error:  # the server has answered
+                status = error.ntstatus if isinstance(error, SMBOSError) else error.status
+                if status not in SESSION_LOST:
+                    raise _answered(error, status) from error
                 said: Exception = error
             except (SMBException, OSError, ValueError) as error:  # ValueError: a message cut short
                 said = error
@@ -134,6 +134,8 @@ class Share:
             if time.monotonic() > deadline:
                 _say(f"given up: {said!r}")
                 raise OSError(errno.EIO, str(said))
+            if repeated:
+                time.sleep(AGAIN_S)
             repeated = True
             self._reconnect(generation, said)
 
@@ -370,6 +372,14 @@ class SmbFiles(mfusepy.Operations):
             create_options=CreateOptions.FILE_WRITE_THROUGH,
             **self._share.options(),
         )
+
+
+def _answered(error: Exception, status: int) -> OSError:
+    """Return the error number of a server's answer."""
+    number = ERRNO.get(status) or getattr(error, "errno", None)
+    if not number:
+        _say(f"the server's answer: {error}")
+    return OSError(number or errno.EIO, str(error))
 
 
 def _say(text: str) -> None:

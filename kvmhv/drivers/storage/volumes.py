@@ -50,6 +50,10 @@ class Volume(Protocol):
         """Change a record (None: there is none) if it is still `old`; False: it is not. On stable storage on return."""
         ...
 
+    def break_lock(self, name: str) -> None:
+        """Let a record's lock go that a host holds which has died; no error if there is none."""
+        ...
+
     def identity(self, path: str) -> str:
         """Return an image's own name that does not depend on the path to it; empty where there is none."""
         ...
@@ -85,7 +89,7 @@ def _swap_under_lock(
     deadline = time.monotonic() + LOCK_S
     while not lock(f"{name}.lock"):
         if time.monotonic() > deadline:
-            raise OSError(errno.EBUSY, f"{name}.lock is held; if no host is at it (one died there), remove that file")
+            raise OSError(errno.EBUSY, f"{name}.lock is held by another host")
         time.sleep(LOCK_AGAIN_S)
     try:
         return swap()
@@ -129,6 +133,10 @@ class DirectoryVolume:
             (self.root / lock_name).unlink(missing_ok=True)
 
         return _swap_under_lock(name, lock, unlock, lambda: self._swap(name, old, new))
+
+    def break_lock(self, name: str) -> None:
+        """Remove the lock file."""
+        (self.root / f"{name}.lock").unlink(missing_ok=True)
 
     def identity(self, path: str) -> str:
         """Files have none."""
@@ -223,6 +231,11 @@ class NfsVolume:
                 return True
 
             return _swap_under_lock(name, lock, lambda lock_name: export.unlink(f"/{lock_name}"), swap)
+
+    def break_lock(self, name: str) -> None:
+        """Remove the lock file."""
+        with self._connected() as export:
+            export.unlink(f"/{name}.lock")
 
     def identity(self, path: str) -> str:
         """Files have none."""
@@ -339,6 +352,9 @@ class LunVolume:
             if self._content(there) != old:
                 return False
             return target.swap(lun, block, there, self._packed(new, block_bytes))
+
+    def break_lock(self, name: str) -> None:
+        """A reservation ends with the session of the host that had it."""
 
     def identity(self, path: str) -> str:
         """Return the LUN's own name."""
