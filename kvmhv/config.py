@@ -93,7 +93,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 PROFILES: dict[str, int] = {"hyperv": 10, "hyperv-2012r2": 5}
 """Complete passes after which the guest is stopped (2008 R2 and the brief: 10; since 2012 R2: 5)."""
 
-PERFORMANCE_OPTIONS = ("tcpip",)
+PERFORMANCE_OPTIONS = ("tcpip", "compression")
 
 
 def load(path: Path | None) -> Config:

@@ -207,6 +207,8 @@ class QemuInfo(Struct, frozen=True, kw_only=True):
     """Migration capabilities that it knows."""
     parameters: tuple[str, ...]
     """Migration parameters that it knows."""
+    compressions: tuple[str, ...] = ()
+    """How it can compress memory, the best first."""
 
     @property
     def version_text(self) -> str:
@@ -269,6 +271,8 @@ class VmFacts(Struct, frozen=True, kw_only=True):
     """`blocked-reasons` of query-migrate: devices that cannot migrate."""
     disk_used_bytes: dict[str, int]
     """Allocated bytes per disk name."""
+    compression: "tuple[PageSample, ...]" = ()
+    """How its memory shrinks; measured for a move that may compress."""
 
 
 # --- a check's result ---------------------------------------------------------------------------------------------
@@ -332,6 +336,31 @@ class Rule(Struct, frozen=True, kw_only=True):
     """Measured at 1 Gbit/s: the switchover itself costs some 35 ms; 1 MiB adds 9 ms to it, 4 MiB would double it."""
     bandwidth_bytes_per_s: Bytes = 0
     """0: as fast as the network takes it."""
+    performance: str = "tcpip"
+    """Hyper-V's performance option."""
+
+
+class PageSample(Struct, frozen=True, kw_only=True):
+    """What compressing some of the guest's pages came to, on one core of the source."""
+
+    method: str
+    level: int
+    ratio: float
+    """Bytes before by bytes after."""
+    bytes_per_s: float
+    """Bytes before, in a second."""
+
+
+class Channels(Struct, frozen=True, kw_only=True):
+    """How the memory travels."""
+
+    count: int = 0
+    """Connections beside the main one, each with a thread; 0: all over one plain connection."""
+    method: str = "none"
+    """How they compress: `zstd`, `zlib`."""
+    level: int = 0
+    ratio: float = 1.0
+    """How far memory is expected to shrink."""
 
 
 class IncomingAddress(Struct, frozen=True, kw_only=True):
@@ -371,6 +400,7 @@ class MoveRequest(Struct, frozen=True, kw_only=True):
     max_passes: int | None = None
     threshold_bytes: Bytes | None = None
     bandwidth_bytes_per_s: Bytes | None = None
+    performance: str | None = None
 
 
 class DiskCopy(Struct, frozen=True, kw_only=True):
@@ -397,6 +427,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     estimate_seconds: float | None
     estimate_bytes: int
     timeouts: "Timeouts"
+    channels: Channels = Channels()
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):

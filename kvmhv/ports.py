@@ -145,10 +145,11 @@ class Hypervisor(Protocol):
         """UNIX socket of the VM's serial console."""
         ...
 
-    async def facts(self, vm: Vm, *, dirty_rate: bool) -> VmFacts:
+    async def facts(self, vm: Vm, *, dirty_rate: bool, pages: bool) -> VmFacts:
         """Read what the check of a move needs from the running QEMU.
 
         `dirty_rate`: wait until it is sampled. Else the sample only begins, and memory_stats() has it when it is there.
+        `pages`: see how far some of its pages shrink.
         """
         ...
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmhv.core import plan
-from kvmhv.model import GIB, MIB, DiskFormat, Inventory, Layer, Mode, MoveRequest, Plan, Rule, Timeouts, Vm
+from kvmhv.model import GIB, MIB, Channels, DiskFormat, Inventory, Layer, Mode, MoveRequest, Plan, Rule, Timeouts, Vm
 from tests.sim import examples
 
 TARGET = examples.inventory("host2", octet=2)
@@ -63,7 +63,7 @@ def estimate(dirty: float, rate: int, *, passes: int = 10) -> tuple[float | None
     now = msgspec.structs.replace(source.facts_of_vm, dirty_bytes_per_s=dirty)  # type: ignore[type-var]
     source = msgspec.structs.replace(source, facts_of_vm=now)
     rule = Rule(max_passes=passes, threshold_bytes=MIB, bandwidth_bytes_per_s=rate)
-    return plan.estimate(moving, rule, source, None, 0)
+    return plan.estimate(moving, rule, source, None, 0, Channels())
 
 
 def test_without_a_known_throughput_there_is_no_time() -> None:

@@ -38,15 +38,16 @@ class Inventories:
         refusal: Refusal | None = None,
         running: Vm | None = None,
         dirty_rate: bool = False,
+        pages: bool = False,
     ) -> Inventory:
         """Return the inventory; `promised_bytes` of memory belong to VMs that are arriving, `running` is to leave.
 
-        `dirty_rate`: wait until that of `running` is sampled.
+        `dirty_rate`: wait until that of `running` is sampled; `pages`: see how far its memory shrinks.
         """
         settings = self._settings.current
         facts: VmFacts | None = None
         if running is not None:
-            facts = await self._hypervisor.facts(running, dirty_rate=dirty_rate)
+            facts = await self._hypervisor.facts(running, dirty_rate=dirty_rate, pages=pages)
         defined = self._vms.defined()
         return Inventory(
             host=self._config.name,

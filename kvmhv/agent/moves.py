@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import structlog
 
-from kvmhv.agent import arriving_files, events
+from kvmhv.agent import arriving_files, events, past_moves
 from kvmhv.agent.api.services import CheckReport
 from kvmhv.agent.enquiry import enquire
 from kvmhv.agent.events import Events
@@ -18,19 +18,19 @@ from kvmhv.agent.link import Link
 from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.owners import Owners
 from kvmhv.agent.runner import Runner
-from kvmhv.agent.settings import Settings
+from kvmhv.agent.settings import Settings, rule_of, with_option
 from kvmhv.agent.sharing import Sharing
 from kvmhv.agent.visit import Visit, first_hello
 from kvmhv.agent.vms import Vms
-from kvmhv.config import PROFILES, Config
-from kvmhv.core import admission, checks, facts, plan, resolve
+from kvmhv.config import Config
+from kvmhv.core import admission, checks, facts, performance, plan, resolve
 from kvmhv.core.handover import SourceHold, TargetHold
 from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState, TargetStep
 from kvmhv.errors import CallerError, KvmhvError, MoveFailed, PeerBroke, Refused
 from kvmhv.messages import Answer, Enquire, Offer, Proof
-from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
+from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Refusal, Severity, Vm
 from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
@@ -41,7 +41,6 @@ Written = list[Proof]
 
 CANCEL_WAIT_S = 60.0
 RESOLVE_WAIT_S = 20.0
-PASSES_MAX = 1000
 
 
 class Moves:
@@ -81,16 +80,18 @@ class Moves:
     async def check(self, request: MoveRequest) -> CheckReport:
         """Check a move and plan it; changes nothing on either host."""
         vm = self._checked_vm(request)
-        here = await self._inventory_of(vm, dirty_rate=True)
+        request = with_option(self._settings.current, request)
+        here = await self._inventory_of(vm, request, dirty_rate=True)
         here, there = await self._prove(here, vm, request)
         findings = checks.check(vm, request, here, there)
         refusals = [self._admit_out(vm, request), there.refusal]
         findings = (*(_as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
         if any(finding.severity is Severity.ERROR for finding in findings):
             return CheckReport(findings=findings)
-        rule = self._rule(request)
-        throughput = self._throughput(request.target)
-        made = plan.make(vm, request, rule, self._config.timeouts, here, there, throughput)
+        rule = rule_of(self._settings.current, request)
+        past = self._journal.reports()
+        rates = past_moves.throughput(past, request.target), past_moves.link(past, request.target)
+        made = plan.make(vm, request, rule, self._config.timeouts, here, there, *rates)
         return CheckReport(findings=findings, plan=made)
 
     async def start(self, request: MoveRequest, asked: Asked) -> MoveReport:
@@ -109,7 +110,9 @@ class Moves:
 
     async def _start(self, request: MoveRequest, asked: Asked) -> MoveReport:
         vm = self._checked_vm(request)
-        rule = self._rule(request)
+        request = with_option(self._settings.current, request)
+        rule = rule_of(self._settings.current, request)
+        past = self._journal.reports()
         refusal = self._admit_out(vm, request)
         if refusal is not None:
             raise _as_error(refusal)
@@ -124,12 +127,13 @@ class Moves:
                 request=request,
                 rule=rule,
                 timeouts=self._config.timeouts,
-                inventory=await self._inventory_of(vm, dirty_rate=False),
+                inventory=await self._inventory_of(vm, request, dirty_rate=False),
                 psk_hex=secrets.token_hex(32),
                 hold=SourceHold(epoch=vm.epoch + 1),
                 started_wall_s=self._clock.wall_s(),
                 volatile_id=self._journal.volatile_id,
-                throughput_bytes_per_s=self._throughput(request.target),
+                throughput_bytes_per_s=past_moves.throughput(past, request.target),
+                link_bytes_per_s=past_moves.link(past, request.target),
                 asked=asked,
             )
             inventory = await self._proven(state.inventory, vm, request)
@@ -331,10 +335,11 @@ class Moves:
             self._settings.current, self._config.name, self._open.load(), with_storage=with_storage
         )
 
-    async def _inventory_of(self, vm: Vm, *, dirty_rate: bool) -> Inventory:
+    async def _inventory_of(self, vm: Vm, request: MoveRequest, *, dirty_rate: bool) -> Inventory:
         """Return this host's inventory; an estimate waits for the dirty rate, a move does not."""
         seen = await self._hypervisor.state(vm.id)
-        return await self._inventories.make(running=vm if seen.process else None, dirty_rate=dirty_rate)
+        pages = request.performance == performance.COMPRESSION
+        return await self._inventories.make(running=vm if seen.process else None, dirty_rate=dirty_rate, pages=pages)
 
     async def _prove(self, here: Inventory, vm: Vm, request: MoveRequest) -> tuple[Inventory, Inventory]:
         """Ask the target for its inventory, and prove what both hosts see (agent/sharing.py)."""
@@ -355,27 +360,6 @@ class Moves:
             with contextlib.suppress(MoveFailed, CallerError, Refused):
                 return (await self._prove(here, vm, request))[0]
         return here
-
-    def _rule(self, request: MoveRequest) -> Rule:
-        settings = self._settings.current
-        passes = PROFILES[settings.profile] if request.max_passes is None else request.max_passes
-        if not 1 <= passes <= PASSES_MAX:
-            raise CallerError("passes-invalid", f"{passes} passes", f"give 1 to {PASSES_MAX}")
-        threshold = settings.threshold_bytes if request.threshold_bytes is None else request.threshold_bytes
-        asked = request.bandwidth_bytes_per_s
-        bandwidth = settings.bandwidth_bytes_per_s if asked is None else asked
-        return Rule(max_passes=passes, threshold_bytes=threshold, bandwidth_bytes_per_s=bandwidth)
-
-    def _throughput(self, target: str) -> float | None:
-        """What the last move to that host without a limit reached, in bytes per second."""
-        for encoded in reversed(self._journal.reports()):
-            report = msgspec.json.decode(encoded, type=MoveReport)
-            seconds = sum(one.seconds for one in report.passes)
-            if report.plan is not None and report.plan.rule.bandwidth_bytes_per_s:
-                continue
-            if report.target == target and report.outcome is Outcome.DONE and seconds > 0:
-                return sum(one.sent_bytes for one in report.passes) / seconds
-        return None
 
     def _ended(self, move_id: str) -> MoveReport | None:
         for encoded in self._journal.reports():

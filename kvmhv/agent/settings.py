@@ -2,12 +2,14 @@
 
 import msgspec
 
-from kvmhv.config import Config, change_settings
-from kvmhv.model import HostSettings
+from kvmhv.config import PERFORMANCE_OPTIONS, PROFILES, Config, change_settings
+from kvmhv.errors import CallerError
+from kvmhv.model import HostSettings, MoveRequest, Rule
 from kvmhv.ports import Records
 
 KIND = "settings"
 KEY = "migration"
+PASSES_MAX = 1000
 
 
 class Settings:
@@ -42,3 +44,26 @@ class Settings:
     def shown(self) -> dict[str, object]:
         """Return the settings by the names that `host set` takes."""
         return {f"migration.{key}": value for key, value in msgspec.to_builtins(self._current).items()}
+
+
+def with_option(settings: HostSettings, request: MoveRequest) -> MoveRequest:
+    """Return the request with its performance option, the host's if it has none. CallerError `performance-unknown`."""
+    option = request.performance or settings.performance
+    if option not in PERFORMANCE_OPTIONS:
+        text = f"there is no performance option {option!r}"
+        raise CallerError("performance-unknown", text, f"use one of: {', '.join(PERFORMANCE_OPTIONS)}")
+    return msgspec.structs.replace(request, performance=option)
+
+
+def rule_of(settings: HostSettings, request: MoveRequest) -> Rule:
+    """Return the rule of a move: what was asked for, else the host's settings. CallerError `passes-invalid`."""
+    passes = PROFILES[settings.profile] if request.max_passes is None else request.max_passes
+    if not 1 <= passes <= PASSES_MAX:
+        raise CallerError("passes-invalid", f"{passes} passes", f"give 1 to {PASSES_MAX}")
+    asked = request.bandwidth_bytes_per_s
+    return Rule(
+        max_passes=passes,
+        threshold_bytes=settings.threshold_bytes if request.threshold_bytes is None else request.threshold_bytes,
+        bandwidth_bytes_per_s=settings.bandwidth_bytes_per_s if asked is None else asked,
+        performance=request.performance or settings.performance,
+    )

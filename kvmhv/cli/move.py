@@ -15,6 +15,7 @@ from kvmhv.cli.parameters import HOST, MOVE, VM, Rate, Size
 from kvmhv.cli.progress import view
 from kvmhv.cli.session import Session, json_option
 from kvmhv.cli.watch import error_of, exit_status, request_cancel, until_end
+from kvmhv.config import PERFORMANCE_OPTIONS
 from kvmhv.errors import CallerError, Incompatible
 from kvmhv.model import ErrorBody, Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
 
@@ -70,6 +71,11 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
 @click.option("--max-passes", type=click.IntRange(1, 1000), metavar="N", help="Switch over after N complete passes.")
 @click.option("--threshold", type=Size(), metavar="SIZE", help="Switch over when no more than this remains.")
 @click.option("--bandwidth", type=Rate(), metavar="RATE", help="At most so fast: 100M (bytes per second) or 800mbit.")
+@click.option(
+    "--performance",
+    type=click.Choice(PERFORMANCE_OPTIONS),
+    help="How memory travels: plainly, or compressed where that is faster; default: the host's setting.",
+)
 @click.option("--no-wait", is_flag=True, help="Only start the move.")
 @click.option("--dry-run", is_flag=True, help="Show findings, plan and estimate; change nothing.")
 @json_option
@@ -83,6 +89,7 @@ def move_vm(
     max_passes: int | None,
     threshold: int | None,
     bandwidth: int | None,
+    performance: str | None,
     no_wait: bool,
     dry_run: bool,
 ) -> int:
@@ -98,6 +105,7 @@ def move_vm(
         max_passes=max_passes,
         threshold_bytes=threshold,
         bandwidth_bytes_per_s=bandwidth,
+        performance=performance,
     )
     if dry_run:
         return _check(session, request, with_plan=True)

@@ -5,7 +5,7 @@ Each finding has a stable id; docs/errors.md has a paragraph for each.
 
 from collections.abc import Iterator
 
-from kvmhv.core import addresses
+from kvmhv.core import addresses, performance
 from kvmhv.model import (
     MIB,
     Accel,
@@ -44,6 +44,7 @@ def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) ->
         *_devices(vm, source, target),
         *_disks(vm, request, source, target),
         *_channels(source, target),
+        *performance.findings(request.performance, source, target),
     ]
     return tuple(sorted(found, key=lambda finding: finding.severity != Severity.ERROR))
 

@@ -2,8 +2,9 @@
 
 import msgspec
 
-from kvmhv.core import addresses, checks
+from kvmhv.core import addresses, checks, performance
 from kvmhv.model import (
+    Channels,
     Disk,
     DiskCopy,
     Inventory,
@@ -25,8 +26,12 @@ def make(
     source: Inventory,
     target: Inventory,
     throughput_bytes_per_s: float | None = None,
+    link_bytes_per_s: float | None = None,
 ) -> Plan:
-    """Return the plan. `checks.check` must have found no error. `throughput` is what earlier moves there reached."""
+    """Return the plan. `checks.check` must have found no error.
+
+    `throughput` is what the last move there reached, `link` the most that one did.
+    """
     pair = addresses.choose(source.migration_addresses, target.migration_addresses)
     assert pair is not None, "the check lets no move pass without a network"
     here, there = pair
@@ -49,18 +54,20 @@ def make(
             )
         )
     disk_bytes = sum(copy.used_bytes for copy in copies)
-    seconds, memory_bytes = estimate(vm, rule, source, throughput_bytes_per_s, disk_bytes)
+    channels = performance.choose(rule.performance, source, target, link_bytes_per_s)
+    seconds, memory_bytes = estimate(vm, rule, source, throughput_bytes_per_s, disk_bytes, channels)
     return Plan(
         mode=Mode.SHARED_NOTHING if copies else Mode.SHARED_STORAGE,
         rule=rule,
         source_address=here.ip,
         target_address=there.ip,
-        capabilities=_capabilities(copies, source, target),
+        capabilities=(*_capabilities(copies, source, target), *performance.capabilities(channels)),
         disk_copies=tuple(copies),
         target_vm=msgspec.structs.replace(vm, disks=tuple(disks), epoch=vm.epoch + 1),
         estimate_seconds=seconds,
         estimate_bytes=memory_bytes + disk_bytes,
         timeouts=timeouts,
+        channels=channels,
     )
 
 
@@ -82,7 +89,12 @@ def _target_layers(vm: Vm, disk: Disk, storage: str | None) -> tuple[Layer, ...]
 
 
 def estimate(
-    vm: Vm, rule: Rule, source: Inventory, throughput_bytes_per_s: float | None, disk_bytes: int
+    vm: Vm,
+    rule: Rule,
+    source: Inventory,
+    throughput_bytes_per_s: float | None,
+    disk_bytes: int,
+    channels: Channels,
 ) -> tuple[float | None, int]:
     """Return (seconds, bytes of memory) that a move will take: each pass sends what was dirtied during the one before.
 
@@ -92,8 +104,9 @@ def estimate(
     first_pass = now.memory_used_bytes if now else vm.memory_bytes
     limits = [limit for limit in (rule.bandwidth_bytes_per_s, throughput_bytes_per_s) if limit]
     if not limits:
-        return None, first_pass
-    rate = float(min(limits))
+        return None, int(first_pass / channels.ratio)
+    wire_rate = float(min(limits))
+    rate = wire_rate * channels.ratio
     dirty = now.dirty_bytes_per_s if now and now.dirty_bytes_per_s else 0.0
     sent, to_send = 0.0, float(first_pass)
     for _ in range(rule.max_passes):
@@ -102,4 +115,4 @@ def estimate(
         if to_send <= rule.threshold_bytes:
             break
     sent += to_send
-    return (sent + disk_bytes) / rate, int(sent)
+    return sent / rate + disk_bytes / wire_rate, int(sent / channels.ratio)

@@ -44,6 +44,8 @@ class Standing(Struct, frozen=True, kw_only=True):
     pass_sent_bytes: int = 0
     expected_dirty_bytes_per_s: float = 0.0
     """Measured before the move."""
+    shrinks: float = 1.0
+    """How many bytes of memory go in one byte on the wire."""
     expected_bytes_per_s: float = 0.0
     """What the last move there reached; 0: nobody knows."""
 
@@ -82,7 +84,8 @@ def estimate(standing: Standing) -> Estimate | None:
     memory_rate = measured if standing.phase is Phase.MEMORY and measured else min(limits, default=measured or 0)
     if memory_rate <= 0:
         return None
-    disk_rate = measured if standing.phase is Phase.STORAGE and measured else memory_rate
+    wire_rate, memory_rate = memory_rate, memory_rate * standing.shrinks
+    disk_rate = measured if standing.phase is Phase.STORAGE and measured else wire_rate
     plays = [_play(standing, disk_rate, memory_rate, worse) for worse in (1 / MARGIN, 1.0, MARGIN)]
     likely = plays[1]
     return Estimate(

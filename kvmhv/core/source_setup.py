@@ -66,6 +66,7 @@ def answered(state: SourceState, fact: facts.Fact) -> Result:
         state.inventory,
         message.inventory,
         state.throughput_bytes_per_s,
+        state.link_bytes_per_s,
     )
     state = update(state, plan=made, versions=(_versions(state.inventory), _versions(message.inventory)))
     after, effects = enter(state, SourceStep.OFFERING, state.timeouts.prepare_s)

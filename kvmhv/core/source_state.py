@@ -73,6 +73,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     """Names the volatile journal in which this move began; another one after a reboot."""
     throughput_bytes_per_s: float | None = None
     """What earlier moves to this target reached, for the estimate."""
+    link_bytes_per_s: float | None = None
+    """The most that one of the last moves there reached, for the choice of channels."""
     asked: Asked | None = None
     versions: tuple[HostVersions, ...] = ()
 
@@ -280,6 +282,7 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
         pass_sent_bytes=max(0, state.memory_sent_bytes - begun.sent_bytes) if begun else 0,
         expected_dirty_bytes_per_s=state.sampled_dirty_bytes_per_s or dirty_before,
         expected_bytes_per_s=state.throughput_bytes_per_s or 0.0,
+        shrinks=state.plan.channels.ratio if state.plan else 1.0,
     )
 
 

@@ -123,7 +123,7 @@ async def test_a_vm_outlives_the_agent_and_is_found_again(binary: Path, template
         assert await both.source.qemu.known() == (both.vm.id,)
         assert await both.source.qemu.state(both.vm.id) == before
         await both.beats(both.source)
-        facts = await both.source.qemu.facts(both.vm, dirty_rate=True)
+        facts = await both.source.qemu.facts(both.vm, dirty_rate=True, pages=True)
         assert facts.running
         assert facts.blockers == ()
         assert 0 < facts.memory_used_bytes <= both.vm.memory_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import argv, blocks, keys, memory, probe, process, rundir
+from kvmhv.drivers.qemu import argv, blocks, keys, memory, page_sample, probe, process, rundir
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
@@ -18,7 +18,7 @@ from kvmhv.drivers.qemu.nodes import check_inactive, used_bytes
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError
-from kvmhv.model import IncomingAddress, Plan, QemuInfo, Vm, VmFacts
+from kvmhv.model import IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
@@ -121,7 +121,7 @@ class Qemu:
         """UNIX socket of the VM's serial console; one reader at a time."""
         return self._directory(vm_id).console_socket
 
-    async def facts(self, vm: Vm, *, dirty_rate: bool) -> VmFacts:
+    async def facts(self, vm: Vm, *, dirty_rate: bool, pages: bool) -> VmFacts:
         """Read what the check of a move needs from the running QEMU; a dirty rate takes the time to sample it."""
         instance = await self._instance(vm.id)
         qmp = instance.qmp
@@ -142,11 +142,16 @@ class Qemu:
             ),
             dirty_bytes_per_s=sampled,
             blockers=tuple(migration.get("blocked-reasons", ())),
+            compression=await self._page_samples(instance, vm) if pages else (),
             disk_used_bytes={
                 disk.name: sum(used.get(layer_node(disk.name, index), 0) for index in range(len(disk.layers)))
                 for disk in vm.disks
             },
         )
+
+    async def _page_samples(self, instance: Instance, vm: Vm) -> tuple[PageSample, ...]:
+        methods = (await self.probe()).compressions
+        return await asyncio.to_thread(page_sample.samples, instance.process.pid, vm.memory_bytes, methods)
 
     # --- target of a move
 
@@ -357,7 +362,7 @@ class Qemu:
                     )
         blocks.remember_sealing(directory, sealed)
         disk_port = await blocks.export(qmp, ip, ports, nodes) if nodes else None
-        return IncomingAddress(memory_port=await memory.listen(qmp, ip, ports), disk_port=disk_port)
+        return IncomingAddress(memory_port=await memory.listen(qmp, plan, ports), disk_port=disk_port)
 
 
 def _has_direct(path: DiskPlace) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
 from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
 from kvmhv.errors import HostError
-from kvmhv.model import Plan
+from kvmhv.model import Channels, Plan
 from kvmhv.ports import MemoryStats
 
 ALWAYS = ("events", "return-path", "pause-before-switchover")
@@ -61,10 +61,21 @@ async def set_capabilities(qmp: Qmp, plan: Plan) -> None:
         await qmp.execute("migrate-set-capabilities", {"capabilities": changes})
 
 
-async def listen(qmp: Qmp, ip: str, ports: tuple[int, int]) -> int:
+def channel_parameters(channels: Channels) -> dict[str, object]:
+    """Return QEMU's parameters for these channels: the same on both sides."""
+    if not channels.count:
+        return {}
+    found: dict[str, object] = {"multifd-channels": channels.count, "multifd-compression": channels.method}
+    if channels.method != "none":
+        found[f"multifd-{channels.method}-level"] = channels.level
+    return found
+
+
+async def listen(qmp: Qmp, plan: Plan, ports: tuple[int, int]) -> int:
     """Target: wait for the source under the key; returns the port, one of `ports`. Raises HostError if none is free."""
-    await qmp.execute("migrate-set-parameters", {"tls-creds": TLS_OBJECT, "tls-hostname": ""})
-    arguments: dict[str, object] = {"uri": f"tcp:{address(ip, ports[0])},to={ports[1]}"}
+    parameters = {"tls-creds": TLS_OBJECT, "tls-hostname": "", **channel_parameters(plan.channels)}
+    await qmp.execute("migrate-set-parameters", parameters)
+    arguments: dict[str, object] = {"uri": f"tcp:{address(plan.target_address, ports[0])},to={ports[1]}"}
     if qmp.version >= EXIT_ON_ERROR_SINCE:
         arguments["exit-on-error"] = False
     await qmp.execute("migrate-incoming", arguments)
@@ -75,11 +86,14 @@ async def listen(qmp: Qmp, ip: str, ports: tuple[int, int]) -> int:
     raise HostError("qemu-error", f"QEMU does not say where it listens: {answer}", "see the VM's qemu.log")
 
 
-def measuring_bytes_per_s(touched_bytes: int) -> int:
-    """Return the limit until QEMU has measured its first window, by the memory that the guest has touched."""
+def measuring_bytes_per_s(touched_bytes: int, ratio: float = 1.0) -> int:
+    """Return the limit until QEMU has measured its first window, by the memory that the guest has touched.
+
+    `ratio`: how far it shrinks on its way, for QEMU counts what is on the wire.
+    """
     if touched_bytes < SMALL_BYTES:
         return MEASURING_BYTES_PER_S
-    return int(touched_bytes / MEASURING_SHARE / QEMU_WINDOW_S)
+    return int(touched_bytes / ratio / MEASURING_SHARE / QEMU_WINDOW_S)
 
 
 async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touched_bytes: int) -> None:
@@ -98,10 +112,11 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touche
     await qmp.execute(
         "migrate-set-parameters",
         {
-            "max-bandwidth": min(limit, measuring_bytes_per_s(touched_bytes)),
+            "max-bandwidth": min(limit, measuring_bytes_per_s(touched_bytes, plan.channels.ratio)),
             "downtime-limit": DOWNTIME_LIMIT_MS,
             "tls-creds": TLS_OBJECT,
             "tls-hostname": "",
+            **channel_parameters(plan.channels),
         },
     )
     await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}"})

@@ -16,7 +16,7 @@ from typing import Any
 from kvmhv.config import Config
 from kvmhv.drivers.qemu import process
 from kvmhv.drivers.qemu.argv import X86_64_V2_FEATURES
-from kvmhv.drivers.qemu.qmp import Qmp, QmpLog
+from kvmhv.drivers.qemu.qmp import Qmp, QmpLog, QmpRefused
 from kvmhv.drivers.qemu.rundir import read_tail
 from kvmhv.errors import HostError
 from kvmhv.model import DEFAULT_CPU, Accel, QemuInfo
@@ -24,6 +24,8 @@ from kvmhv.ports import Clock
 
 DEFAULT_BINARY = "qemu-system-x86_64"
 KVM_DEVICE = Path("/dev/kvm")
+COMPRESSIONS = ("zstd", "zlib")
+"""QEMU's ways to compress memory, the best first."""
 PROOF_TIMEOUT_S = 3.0
 PROOF_ROM_BYTES = 64 * 1024
 PROOF_PORT = 0xF4
@@ -128,6 +130,7 @@ async def _questions(qmp: Qmp, binary: Path, accel: Accel) -> QemuInfo:
     aliases = [machine["alias"] for machine in machines if "alias" in machine]
     models = {cpu["name"]: tuple(cpu.get("unavailable-features", ())) for cpu in cpus if not cpu.get("deprecated")}
     models[DEFAULT_CPU] = missing_features(most["model"]["props"])
+    compressions = [method for method in COMPRESSIONS if await _takes(qmp, method)]
     return QemuInfo(
         binary=str(binary),
         version=qmp.version,
@@ -136,7 +139,17 @@ async def _questions(qmp: Qmp, binary: Path, accel: Accel) -> QemuInfo:
         cpu_models=models,
         capabilities=tuple(sorted(entry["capability"] for entry in capabilities)),
         parameters=tuple(sorted(parameters)),
+        compressions=tuple(compressions),
     )
+
+
+async def _takes(qmp: Qmp, method: str) -> bool:
+    """Whether QEMU was built with a method: it refuses the word otherwise."""
+    try:
+        await qmp.execute("migrate-set-parameters", {"multifd-compression": method})
+    except QmpRefused:
+        return False
+    return True
 
 
 def missing_features(properties: dict[str, Any]) -> tuple[str, ...]:
