@@ -1,0 +1,148 @@
+"""The connection to an SMB server that smb_mount.py serves a share from: made anew when it is lost, used with credit.
+
+Nothing is sent without the server's credit; what was not sent is tried again and is no lost connection, and neither is
+an answer that says no.
+"""
+
+import contextlib
+import errno
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import smbclient
+from smbprotocol.exceptions import SMBException, SMBOSError, SMBResponseException
+
+AGAIN_S = 0.5
+SILENCE_MS = 15_000
+"""A server that acknowledges nothing for so long is taken for gone; the connection is made anew."""
+CONNECT_S = 10
+CREDITS_SAY = "credits are available"
+CREDITS_AGAIN_S = 0.002
+REQUESTS_AT_ONCE = 16
+"""Fewer than the credits that a server gives to begin with: a request without credit is none."""
+SESSION_LOST = frozenset({0xC0000203, 0xC000035C, 0xC00000C9, 0xC0000128, 0xC000020C, 0xC0000008})
+"""USER_SESSION_DELETED, NETWORK_SESSION_EXPIRED, NETWORK_NAME_DELETED, FILE_CLOSED, CONNECTION_DISCONNECTED, ..."""
+
+ERRNO = {0xC00000A2: errno.EROFS, 0xC000007F: errno.ENOSPC, 0xC0000044: errno.EDQUOT}
+"""MEDIA_WRITE_PROTECTED (a read-only share), DISK_FULL, QUOTA_EXCEEDED: smbclient has no number for them."""
+
+Result = TypeVar("Result")
+
+
+class MountFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the program has to know; the password stands in a file of its own."""
+
+    server: str
+    port: int
+    share: str
+    user: str
+    secret_file: str
+    mountpoint: str
+    patience_s: float = 600.0
+
+
+class Share:
+    """The connection to the server, made anew when it is lost."""
+
+    def __init__(self, config: MountFile) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._cache: dict[str, Any] = {}
+        self._requests = threading.BoundedSemaphore(REQUESTS_AT_ONCE)
+        self.generation = 0
+
+    def connect(self) -> None:
+        """Connect and log in. Raises OSError or SMBException."""
+        config = self._config
+        session = smbclient.register_session(
+            config.server,
+            username=config.user,
+            password=Path(config.secret_file).read_text(),
+            port=config.port,
+            encrypt=True,
+            connection_timeout=CONNECT_S,
+            auth_protocol="ntlm",
+            connection_cache=self._cache,
+        )
+        connected = session.connection.transport._sock
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, seconds in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 2)):
+            connected.setsockopt(socket.IPPROTO_TCP, option, seconds)
+
+    def remote(self, path: str) -> str:
+        """Return the UNC path of a path below the mount point."""
+        return f"\\\\{self._config.server}\\{self._config.share}" + path.rstrip("/").replace("/", "\\")
+
+    def options(self) -> dict[str, Any]:
+        """What every call of smbclient needs to use this connection."""
+        return {"port": self._config.port, "connection_cache": self._cache}
+
+    def again(self, operation: Callable[[bool], Result]) -> Result:
+        """Do it, on new connections for as long as the patience lasts; `operation` is told whether it is a repeat."""
+        deadline = time.monotonic() + self._config.patience_s
+        repeated = False
+        while True:
+            with self._lock:  # not while the connection is being made
+                generation = self.generation
+            try:
+                with self._requests:
+                    return operation(repeated)
+            except (SMBOSError, SMBResponseException) as error:  # the server has answered
+                status = error.ntstatus if isinstance(error, SMBOSError) else error.status
+                if status not in SESSION_LOST:
+                    raise _answered(error, status) from error
+                said: Exception = error
+            except (SMBException, OSError, ValueError) as error:  # ValueError: a message cut short
+                said = error
+                if CREDITS_SAY in str(error):  # nothing was sent
+                    time.sleep(CREDITS_AGAIN_S)
+                    continue
+            if time.monotonic() > deadline:
+                say(f"given up: {said!r}")
+                raise OSError(errno.EIO, str(said))
+            if repeated:
+                time.sleep(AGAIN_S)
+            repeated = True
+            self._reconnect(generation, said)
+
+    def _reconnect(self, generation: int, why: Exception) -> None:
+        with self._lock:
+            if self.generation != generation:
+                return  # somebody else has
+            say(f"connection lost: {why!r}")
+            self._drop()
+            try:
+                self.connect()
+            except (SMBException, OSError, ValueError):
+                time.sleep(AGAIN_S)
+                return
+            self.generation += 1
+            say("connected again")
+
+    def _drop(self) -> None:
+        """Close the connection without a word over it: the server closes every file that was open on it."""
+        for connection in self._cache.values():
+            with contextlib.suppress(SMBException, OSError, ValueError):
+                connection.disconnect(close=False)
+        self._cache.clear()
+
+
+def _answered(error: Exception, status: int) -> OSError:
+    """Return the error number of a server's answer."""
+    number = ERRNO.get(status) or getattr(error, "errno", None)
+    if not number:
+        say(f"the server's answer: {error}")
+    return OSError(number or errno.EIO, str(error))
+
+
+def say(text: str) -> None:
+    """Write a line to the log."""
+    sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+    sys.stderr.flush()
