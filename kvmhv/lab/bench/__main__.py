@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     if given.case:
         cases = [case for case in CASES if case.name in given.case]
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
+    with_scale = not given.quick and not given.case
     started_s = time.monotonic()
 
     def progress(text: str) -> None:
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
             "kvmhv": __version__,
             "quick": given.quick,
             "rounds": rounds,
-            **run(given.lab, cases, rounds, progress),
+            **run(given.lab, cases, rounds, progress, with_scale=with_scale),
         }
     except KvmhvError as error:
         sys.stderr.write(f"bench: {error}\n")

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from kvmhv.errors import HostError
-from kvmhv.lab.bench import figures, meters
+from kvmhv.lab.bench import figures, meters, scale
 from kvmhv.lab.bench.cases import DOWNTIME_S, GUEST_NUMBERS, KVMHV, RAW, VIRSH, Case, Way
 from kvmhv.lab.bench.figures import Measured, Rounds
 from kvmhv.lab.bench.libvirt import Libvirt, VirshGuest
@@ -227,8 +227,13 @@ def cli_start_s(times: int = 7) -> list[float]:
     return found
 
 
-def run(name: str, cases: Sequence[Case], rounds: int, progress: Progress) -> dict[str, Any]:
-    """Run the benchmark on a lab of its own; returns everything that was measured."""
+def run(
+    name: str, cases: Sequence[Case], rounds: int, progress: Progress, *, with_scale: bool = False
+) -> dict[str, Any]:
+    """Run the benchmark on a lab of its own; returns everything that was measured.
+
+    `with_scale`: also the memory of an agent with many VMs.
+    """
     started_s = time.time()
     load_before = os.getloadavg()[0]
     suites = {"host1": LIBVIRT_TREE, "host2": LIBVIRT_TREE}
@@ -242,13 +247,17 @@ def run(name: str, cases: Sequence[Case], rounds: int, progress: Progress) -> di
         lab.down()
     compared = [one for case in cases for one in figures.compare(case, bench.rounds[case.name])]
     start = figures.limit("CLI start (kvmhv --help)", figures.spread(cli_start_s())["median"], "s", 0.2)
+    own = [*figures.limits(bench.rounds), start]
+    if with_scale:
+        memory_mib = scale.agent_bytes(name, progress) / 1048576
+        own.append(figures.limit(f"resident memory of an agent with {scale.VMS} running VMs", memory_mib, "MiB", 90.0))
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started_s)),
         "seconds": round(time.time() - started_s),
         "machine": {"cpus": os.cpu_count(), "load_before": load_before},
         "versions": versions,
         "comparisons": compared,
-        "limits": [*figures.limits(bench.rounds), start],
+        "limits": own,
         "failures": bench.failures,
         "cases": [
             {
