@@ -74,6 +74,7 @@ class Agent:
             frames=PacketFrames(ground.clock),
             chronicle=ground.chronicle,
         )
+        locations.moving = open_moves.moving
         moves = Moves(
             config=config,
             settings=ground.settings,

@@ -8,7 +8,7 @@ can; VMs on it run on meanwhile.
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import msgspec
@@ -21,7 +21,7 @@ from kvmhv.drivers.storage import mounts
 from kvmhv.drivers.storage.storage import Attached, Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume, LunVolume, NfsVolume, Volume
 from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
-from kvmhv.model import Access, Location, LocationKind, LocationReport, LocationSpec, Problem, Severity
+from kvmhv.model import Access, Location, LocationKind, LocationReport, LocationSpec, Problem, Severity, Vm
 from kvmhv.places import Lun
 from kvmhv.ports import Records
 
@@ -30,6 +30,8 @@ log = structlog.get_logger(__name__)
 KIND = "location"
 LOCATIONS_MAX = 64
 AGAIN_S = 10.0
+WATCH_S = 30.0
+"""Between two looks at the shares: QEMU raises no event when a server is away, its guests just wait."""
 SECRET_BYTES_MAX = 256
 ISCSI_PORT = 3260
 PROBE = "kvmhv-check"
@@ -47,7 +49,8 @@ class Locations:
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken: dict[str, HostError] = {}
-        self.vms_in_moves: Callable[[], tuple[str, ...]] = lambda: ()
+        self.moving: Callable[[], tuple[Vm, ...]] = lambda: ()
+        """The VMs of open moves, also those that arrive here."""
 
     # --- an agent's life
 
@@ -60,6 +63,7 @@ class Locations:
             except (HostError, TimeoutError) as error:
                 log.warning("location cannot be used yet", location=spec.name, error=str(error))
                 self._try_again(spec)
+        self._spawn(self._watch(), "watch locations")
 
     async def close(self) -> None:
         """End what runs in the background; mounts stay, for the VMs on them run on."""
@@ -131,8 +135,9 @@ class Locations:
             if report.configured:
                 text = f"location {name!r} stands in agent.toml"
                 raise CallerError("location-configured", text, "take it out there and restart the agent")
-            if report.vms or name in self.vms_in_moves():
-                who = ", ".join(report.vms) or "a VM that is arriving"
+            arriving = (vm.name for vm in self.moving() if _uses(vm, name))
+            if users := sorted({*report.vms, *arriving}):
+                who = ", ".join(users)
                 text = f"location {name!r} has disks of {who}"
                 raise Refused("location-in-use", text, "remove or move those VMs first", http_status=409)
             await self._forget(report.spec)
@@ -145,11 +150,7 @@ class Locations:
 
     def _report(self, spec: LocationSpec | None, location: Location) -> LocationReport:
         name = location.name
-        users = (
-            record.vm.name
-            for record in self._vms.all()
-            if any(layer.location == name for disk in record.vm.disks for layer in disk.layers)
-        )
+        users = (record.vm.name for record in self._vms.all() if _uses(record.vm, name))
         problems = [_problem(self._broken[name])] if name in self._broken else []
         if location.silent and not problems:
             text = f"location {name} does not answer"
@@ -293,9 +294,30 @@ class Locations:
                     log.info("location can be used", location=spec.name)
                     return
 
-        task = asyncio.create_task(until_it_works(), name=f"location {spec.name}")
+        self._spawn(until_it_works(), f"location {spec.name}")
+
+    async def _watch(self) -> None:
+        """Tell when a share stops to answer, with the VMs that wait for it, and when it answers again."""
+        silent: set[str] = set()
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for location in await self._storage.locations():
+                if location.silent and location.name not in silent:
+                    silent.add(location.name)
+                    vms = self._report(None, location).vms
+                    log.warning("location does not answer: VMs on it wait", location=location.name, vms=vms)
+                elif not location.silent and location.name in silent:
+                    silent.remove(location.name)
+                    log.info("location answers again", location=location.name)
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _uses(vm: Vm, location: str) -> bool:
+    return any(layer.location == location for disk in vm.disks for layer in disk.layers)
 
 
 def _unseen(spec: LocationSpec) -> Location:
