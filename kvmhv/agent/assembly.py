@@ -74,7 +74,7 @@ class Agent:
             frames=PacketFrames(ground.clock),
             chronicle=ground.chronicle,
         )
-        locations.moving = open_moves.moving
+        self._locations.moving = self._open_moves.moving
         moves = Moves(
             config=config,
             settings=ground.settings,
