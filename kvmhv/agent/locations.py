@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 
 KIND = "location"
 LOCATIONS_MAX = 64
+START_S = 5.0
 AGAIN_S = 10.0
 WATCH_S = 30.0
 """Between two looks at the shares: QEMU raises no event when a server is away, its guests just wait."""
@@ -55,14 +56,10 @@ class Locations:
     # --- an agent's life
 
     async def start(self) -> None:
-        """Use every location that is kept; those that cannot be reached now are tried again."""
-        for spec in self._kept():
-            try:
-                async with asyncio.timeout(mounts.MOUNT_S):
-                    await self._attach(spec)
-            except (HostError, TimeoutError) as error:
-                log.warning("location cannot be used yet", location=spec.name, error=str(error))
-                self._try_again(spec)
+        """Use every location that is kept. Returns after START_S at the latest: nothing waits for a dead server."""
+        tasks = [self._spawn(self._until_it_works(spec), f"location {spec.name}") for spec in self._kept()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=START_S)
         self._spawn(self._watch(), "watch locations")
 
     async def close(self) -> None:
@@ -282,19 +279,17 @@ class Locations:
         self._credentials_file(spec.name).unlink(missing_ok=True)
         self._records.delete(KIND, spec.name)
 
-    def _try_again(self, spec: LocationSpec) -> None:
-        async def until_it_works() -> None:
-            while any(kept.name == spec.name for kept in self._kept()):
-                try:
-                    await self._attach(spec)
-                except HostError as error:
-                    self._broken[spec.name] = error
-                    await asyncio.sleep(AGAIN_S)
-                else:
-                    log.info("location can be used", location=spec.name)
-                    return
-
-        self._spawn(until_it_works(), f"location {spec.name}")
+    async def _until_it_works(self, spec: LocationSpec) -> None:
+        while any(kept.name == spec.name for kept in self._kept()):
+            try:
+                await self._attach(spec)
+            except HostError as error:
+                if spec.name not in self._broken:
+                    log.warning("location cannot be used yet", location=spec.name, error=str(error))
+                self._broken[spec.name] = error
+                await asyncio.sleep(AGAIN_S)
+            else:
+                return
 
     async def _watch(self) -> None:
         """Tell when a share stops to answer, with the VMs that wait for it, and when it answers again."""
@@ -310,10 +305,11 @@ class Locations:
                     silent.remove(location.name)
                     log.info("location answers again", location=location.name)
 
-    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def _uses(vm: Vm, location: str) -> bool:
