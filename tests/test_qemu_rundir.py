@@ -1,6 +1,10 @@
 import base64
+import contextlib
+import shutil
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +49,34 @@ def test_removing_keeps_logs_of_the_newest_only(tmp_path: Path) -> None:
     assert len(kept) == ENDED_KEPT
     newest = tmp_path / "ended" / f"vm{ENDED_KEPT + 2}"
     assert [(path.name, path.read_text()) for path in newest.iterdir()] == [("qemu.log", "last words")]
+
+
+def test_an_agent_that_dies_while_it_removes_loses_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = VmDir(tmp_path, VM_ID)
+    directory.make(incoming=True)
+    directory.console_log.write_text("the guest's words")
+    whole = [Path.unlink, shutil.rmtree, Path.rename]
+    for deaths in range(6):
+        left = deaths
+
+        def dying(act: Callable[..., Any]) -> Callable[..., Any]:
+            def do(*arguments: Any, **keywords: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    raise KeyboardInterrupt
+                left -= 1
+                return act(*arguments, **keywords)
+
+            return do
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", dying(whole[0]))
+            patch.setattr(shutil, "rmtree", dying(whole[1]))
+            patch.setattr(Path, "rename", dying(whole[2]))
+            directory.remove()
+    directory.remove()
+    assert not directory.path.exists()
+    assert (tmp_path / "ended" / VM_ID / "console.log").read_text() == "the guest's words"
 
 
 def test_the_consoles_log_is_bounded_and_its_end_is_kept(tmp_path: Path) -> None:

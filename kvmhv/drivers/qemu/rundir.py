@@ -112,16 +112,20 @@ class VmDir:
         shutil.rmtree(self.keys, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove the directory, its logs kept aside; no error if there is none."""
+        """Remove the directory, its logs kept aside; no error if there is none. To die here loses no log."""
         if not self.path.is_dir():
             return
         ended = self.run_path / "ended" / self.vm_id
         with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name not in LOG_NAMES:
+                    path.unlink()
+            os.utime(self.path)
             shutil.rmtree(ended, ignore_errors=True)
-            ended.mkdir(parents=True, mode=0o700)
-            for name in LOG_NAMES:
-                if (self.path / name).exists():
-                    (self.path / name).replace(ended / name)
+            ended.parent.mkdir(exist_ok=True, mode=0o700)
+            self.path.rename(ended)
             kept = sorted(ended.parent.iterdir(), key=lambda path: path.stat().st_mtime)
             for old in kept[:-ENDED_KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
