@@ -17,6 +17,7 @@ from kvmhv.model import (
     Plan,
     QemuInfo,
     Struct,
+    TrustedHost,
     Vm,
     VmFacts,
 )
@@ -337,6 +338,10 @@ class PeerConnection(Protocol):
 
 class Peer(Protocol):
     """Connections to other agents. Implemented by drivers/peer over mutual TLS."""
+
+    def trusted(self, host: str) -> TrustedHost:
+        """Return a host that this one trusts. Raises CallerError `host-unknown`."""
+        ...
 
     async def connect(self, host: str, timeout_s: float) -> PeerConnection:
         """Connect to a trusted host's agent.

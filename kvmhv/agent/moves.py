@@ -327,6 +327,7 @@ class Moves:
         if request.target == self._config.name:
             text = f"{vm.name} is on {self._config.name} already"
             raise CallerError("move-to-itself", text, "name another host", host=self._config.name)
+        self._peer.trusted(request.target)
         return vm
 
     def _admit_out(self, vm: Vm, request: MoveRequest) -> Refusal | None:
