@@ -7,7 +7,9 @@ any interpreter. Taps, disk images and the TLS key's directory are there before 
 
 import contextlib
 import json
+import os
 import select
+import signal
 import socket
 import subprocess
 import time
@@ -18,6 +20,7 @@ from typing import Any
 
 from kvmhv.errors import HostError
 from kvmhv.lab.bench.machine import CPU_RAW, DIRECTORY, MACHINE, Hardware
+from kvmhv.lab.bench.meters import qemus
 from kvmhv.lab.lab import LabHost
 
 DEADLINE_S = 180.0
@@ -111,18 +114,30 @@ class RawGuest:
         """Start the guest on `host`."""
         self.hardware = hardware
         self.host = host
-        self.process = self._launch(host, incoming=False)
+        self._launch(host, incoming=False)
         self.qmp = Qmp(self._socket(host), time.monotonic() + DEADLINE_S)
+        self.process = self._process(host)
 
     def end(self) -> None:
-        """End the guest."""
-        self.process.kill()
-        self.process.wait()
+        """End the guest, also a copy that a move left behind."""
+        for pid in qemus(self.host.lab.hosts, "raw"):
+            os.kill(pid, signal.SIGKILL)
+        os.close(self.process)
+
+    def _process(self, host: LabHost) -> int:
+        """Return a pidfd of the guest's QEMU on a host."""
+        return os.pidfd_open(qemus((host,), "raw")[0])
+
+    def _forget(self, host: LabHost) -> None:
+        """End what a failed move started."""
+        for pid in qemus((host,), "raw"):
+            os.kill(pid, signal.SIGKILL)
 
     def _socket(self, host: LabHost) -> str:
         return str(host.path(f"{DIRECTORY}/raw.sock"))
 
-    def _launch(self, host: LabHost, *, incoming: bool) -> subprocess.Popen[bytes]:
+    def _launch(self, host: LabHost, *, incoming: bool) -> None:
+        """Start QEMU in the background: it is there, and listens, when this returns."""
         hardware = self.hardware
         net = f"virtio-net-pci,netdev=n0,mac={hardware.mac},bus=pcie.0,addr=0x2,romfile="
         argv = [
@@ -142,13 +157,15 @@ class RawGuest:
             argv += ["-blockdev", json.dumps(node), "-device", "virtio-blk-pci,drive=disk0,bus=pcie.0,addr=0x1"]
         if incoming:
             argv += ["-incoming", "defer", "-S"]
-        return host.popen(argv, stderr=subprocess.DEVNULL)
+        done = subprocess.run(host.argv([*argv, "-daemonize"]), capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode:
+            raise HostError("bench-step", f"QEMU does not start: {done.stderr.strip()}")
 
     def move(self, target: LabHost, ip: str, *, tls: bool, own_rule: bool) -> RawMove:
         """Move the guest to `target`, whose address on the migration network is `ip`."""
         deadline_s = time.monotonic() + DEADLINE_S
         started_s = time.monotonic()
-        process = self._launch(target, incoming=True)
+        self._launch(target, incoming=True)
         try:
             there = Qmp(self._socket(target), deadline_s)
             launched_s = time.monotonic()
@@ -160,17 +177,19 @@ class RawGuest:
             self.qmp.execute("migrate", uri=f"tcp:{ip}:{MEMORY_PORT}")
             self._see_through(there, own_rule=own_rule, deadline_s=deadline_s)
         except BaseException:
-            process.kill()
+            self._forget(target)
             raise
         moved_s = time.monotonic()
         with contextlib.suppress(HostError, OSError):
             self.qmp.execute("quit")
-        self.process.wait(timeout=DEADLINE_S)
+        if not select.select([self.process], [], [], DEADLINE_S)[0]:
+            raise HostError("bench-step", "the source's QEMU does not end")
         ended_s = time.monotonic()
+        os.close(self.process)
         there.events.clear()
         if tls:
             there.execute("object-del", id="tls0")
-        self.process, self.qmp, self.host = process, there, target
+        self.process, self.qmp, self.host = self._process(target), there, target
         return RawMove(ended_s - started_s, moved_s - begun_s, launched_s - started_s)
 
     def _prepare(self, there: Qmp, *, tls: bool, ip: str) -> None:

@@ -133,8 +133,6 @@ class Turn:
     def _signal(self, number: signal.Signals) -> None:
         for pid in meters.qemus(self.bench.hosts, self.method):
             os.kill(pid, number)
-        if isinstance(self.guest, RawGuest) and self.guest.process.poll() is None:
-            os.kill(self.guest.process.pid, number)  # the nsenter around it stops with it, and would not wake with it
 
     def move(self, way: Way, number: int) -> Measured:
         """Let the guest go on, move it, look at it, and let it stand again."""
