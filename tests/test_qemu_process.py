@@ -25,6 +25,9 @@ print(len(connection.recv(1)), flush=True)
 @pytest.fixture
 async def sleeper(tmp_path: Path) -> AsyncIterator[Process]:
     child = process.start([SLEEPER, "61.5", "62.5"], tmp_path / "log")
+    async with asyncio.timeout(10):
+        while not process.arguments(child.pid):  # empty for a moment: between the fork and the exec
+            await asyncio.sleep(0.001)
     yield child
     child.send(signal.SIGKILL)
     assert await child.wait_gone(10)
