@@ -1,9 +1,9 @@
 """Processes by pidfd, with real ones."""
 
-import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,12 +22,17 @@ print(len(connection.recv(1)), flush=True)
 """
 
 
+def _wait_for_exec(child: Process) -> None:
+    """A process has no arguments for a moment, between its fork and its exec."""
+    deadline = time.monotonic() + 10
+    while not process.arguments(child.pid):
+        assert time.monotonic() < deadline
+
+
 @pytest.fixture
 async def sleeper(tmp_path: Path) -> AsyncIterator[Process]:
     child = process.start([SLEEPER, "61.5", "62.5"], tmp_path / "log")
-    async with asyncio.timeout(10):
-        while not process.arguments(child.pid):  # empty for a moment: between the fork and the exec
-            await asyncio.sleep(0.001)
+    _wait_for_exec(child)
     yield child
     child.send(signal.SIGKILL)
     assert await child.wait_gone(10)
