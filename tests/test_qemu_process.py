@@ -1,5 +1,6 @@
 """Processes by pidfd, with real ones."""
 
+import asyncio
 import os
 import signal
 import socket
