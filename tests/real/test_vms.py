@@ -46,7 +46,7 @@ class Host:
         """Whatever VMs leave on a host; logs that are kept aside are no rest."""
         return {
             "processes": self.sh("pgrep -a qemu-system || true").splitlines(),
-            "run": self.sh("ls /run/kvmhv/vms 2>/dev/null || true").splitlines(),
+            "run": self.sh("ls /run/kvmhv/vm 2>/dev/null || true").splitlines(),
             "disks": self.sh("find /var/lib/kvmhv/disks -mindepth 1 2>/dev/null || true").splitlines(),
             "vms": self.sh("ls /var/lib/kvmhv/vms 2>/dev/null || true").splitlines(),
             "taps": self.sh("ip -o link | grep -o '\\bkv[0-9a-f]*' || true").splitlines(),
