@@ -294,8 +294,7 @@ class LabHost:
             "/etc/machine-id": f"{self.plan.machine_id}\n",
             "/etc/hosts": etc_hosts(plan),
         }
-        if self.plan.agent:
-            files[agents.CONFIG_PATH] = agents.config_text(plan, self.name)
+        first = {agents.CONFIG_PATH: agents.config_text(plan, self.name)} if self.plan.agent else {}
         return {
             "tree": self.lab.state.trees[self.plan.suite],
             "directory": str(data_dir(plan.name, self.name)),
@@ -303,6 +302,7 @@ class LabHost:
             "package": str(tree.package_dir()),
             "hostname": self.name,
             "files": files,
+            "files_of_first_boot": first,
         }
 
 

@@ -1,7 +1,8 @@
 """The first stage of a host: makes its mounts, moves into its root and becomes PID 1 (init.py).
 
 Runs as `python -I root.py SPEC.json` inside fresh namespaces, with the machine's Python and nothing else of ours: the
-standard library only. SPEC: tree, directory (of the host's disk contents), run_dir, package, hostname, files.
+standard library only. SPEC: tree, directory (of the host's disk contents), run_dir, package, hostname, files (written
+at each boot), files_of_first_boot (from then on they are the operator's).
 Whatever fails ends the process with a sentence on standard error, and the kernel takes the namespaces down with it.
 """
 
@@ -123,6 +124,8 @@ def main() -> None:
     socket.sethostname(spec["hostname"])
     root = make_root(spec)
     write_files(root, spec["files"])
+    first = spec["files_of_first_boot"]
+    write_files(root, {name: first[name] for name in first if not (root / name.lstrip("/")).exists()})
     enter(root)
     environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "HOME": "/root", "LANG": "C.UTF-8"}
     os.execve("/usr/bin/python3", ["kvmhv-lab-init", "-I", "-S", INIT], environment)  # noqa: S606  (no shell is meant)

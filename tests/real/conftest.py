@@ -106,7 +106,7 @@ def images(_lab_ground: None) -> GuestImages:
 def pair(lab: Lab, images: GuestImages) -> Iterator[Pair]:
     """Return the lab's two hosts for moves; both must be as they were afterwards, whatever happened in between."""
     used = Pair(lab, images)
-    before = [side.left() for side in used.sides]
+    before = [side.settled() for side in used.sides]
     yield used
     used.clear()
     for side, empty in zip(used.sides, before, strict=True):

@@ -181,6 +181,13 @@ class Side:
         left: Left = json.loads(self.host.exec(["python3", "-c", LOOK]).stdout)
         return left
 
+    def settled(self) -> Left:
+        """Return what is left once an agent that was just started has asked its QEMU what it can do."""
+        deadline = time.monotonic() + 30
+        while "kvmhv-probe" in str(now := self.left()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return now
+
     def is_again(self, before: Left) -> None:
         """Assert that the host is as it was; what ends behind a move's end has a moment for it."""
         deadline = time.monotonic() + 20

@@ -287,8 +287,10 @@ def test_a_killed_agent_comes_back_and_a_stopped_one_stays_away(lab: Lab) -> Non
 def test_agents_know_each_other_after_a_loss_of_power(lab: Lab) -> None:
     host = lab.host("host2")
     identity = kvmhv(host, "host", "show")["id"]
+    config = host.path("/etc/kvmhv/agent.toml").read_text()
     host.kill()
     host.boot()
+    assert host.path("/etc/kvmhv/agent.toml").read_text() == config
     report = kvmhv(host, "host", "show")
     assert report["id"] == identity
     assert [trusted["name"] for trusted in report["trusted"]] == ["host1"]
