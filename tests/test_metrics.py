@@ -169,7 +169,7 @@ def test_the_agent_s_own_health() -> None:
     assert seen["kvmhv_journal_write_seconds_bucket durable=false le=0.0001"] == 1
 
 
-def test_a_scrape_of_200_vms_is_cheap_and_has_no_series_for_each() -> None:
+def test_a_scrape_of_200_vms_is_cheap_and_has_one_series_for_each() -> None:
     vms = tuple(
         VmSummary(name=f"vm{number}", id=str(number), state=VmState.RUNNING, host="h", memory_bytes=1, cpus=1)
         for number in range(200)
@@ -177,16 +177,27 @@ def test_a_scrape_of_200_vms_is_cheap_and_has_no_series_for_each() -> None:
     moves = tuple(msgspec.structs.replace(RUNNING, vm=f"vm{number}") for number in range(20))
     metrics = Metrics("1", "h")
     metrics.observe_move(DONE)
-    snapshot = Snapshot(vms=vms, moves=moves, settings=HostSettings(moves_out=100))
+    since = {vm.id: 1.7e9 for vm in vms}
+    snapshot = Snapshot(vms=vms, moves=moves, settings=HostSettings(moves_out=100), running_since=since)
     times_s = []
     for _ in range(5):
         begun = time.process_time()
         text = metrics.render(snapshot).decode()
         times_s.append(time.process_time() - begun)
     assert min(times_s) < 0.05
-    still = metrics.render(Snapshot(vms=vms, moves=(), settings=HostSettings())).decode()
-    assert len([line for line in text.splitlines() if not line.startswith("#")]) < 600
-    assert "vm1" not in still
+    still = metrics.render(Snapshot(vms=vms, moves=(), settings=HostSettings(), running_since=since)).decode()
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) < 800
+    assert still.count('vm="vm17"') == 1
+
+
+def test_a_guest_that_runs_says_since_when() -> None:
+    vm = VmSummary(name="a", id="i", state=VmState.RUNNING, host="h", memory_bytes=1, cpus=1)
+    still = msgspec.structs.replace(vm, name="b", id="j", state=VmState.PAUSED)
+    text = Metrics("1", "h").render(
+        Snapshot(vms=(vm, still), moves=(), settings=HostSettings(), running_since={"i": 1.7e9, "gone": 1.0})
+    )
+    found = [line for line in text.decode().splitlines() if line.startswith("kvmhv_vm_running")]
+    assert found == ['kvmhv_vm_running_since_timestamp_seconds{vm="a",vm_id="i"} 1.7e+09']
 
 
 def test_vms_by_state() -> None:

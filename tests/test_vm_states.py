@@ -24,6 +24,7 @@ class Host:
         self.states = {vm.id: VmState.RUNNING for vm in vms}
         self.asked: list[str] = []
         self.moving: tuple[Vm, ...] = ()
+        self.now_s = 100.0
         self.sink: Callable[[QemuEvent], None] = lambda event: None
 
     def defined(self) -> tuple[Vm, ...]:
@@ -50,7 +51,7 @@ class Host:
 
 @asynccontextmanager
 async def watching(host: Any) -> AsyncIterator[VmStates]:
-    states = VmStates("host1", host, host, lambda: host.moving)
+    states = VmStates("host1", host, host, lambda: host.moving, lambda: host.now_s)
     task = asyncio.create_task(states.watch())
     try:
         yield states
@@ -113,3 +114,32 @@ async def test_a_vm_that_was_removed_is_forgotten() -> None:
         await settle()
         host.vms.clear()
         assert states.summaries() == ()
+
+
+async def test_qemu_s_events_say_since_when_a_guest_runs_also_while_it_moves(monkeypatch: Any) -> None:
+    monkeypatch.setattr(vm_states, "SWEEP_S", 1000.0)
+    host = Host(ONE)
+    arriving = msgspec.structs.replace(TWO, id="id-3", name="web03")
+
+    def say(vm: Vm, name: str, at_s: float) -> None:
+        host.now_s = at_s
+        host.sink(QemuEvent(vm_id=vm.id, name=name, at_ms=0, data={}))
+
+    async with watching(host) as states:
+        await settle()
+        assert states.running_since() == {"id-1": 100.0}, "seen to run when it was asked"
+        host.moving = (ONE, arriving)
+        say(ONE, "STOP", 110.0)
+        assert states.running_since() == {}, "it stands still: not asked, told"
+        say(arriving, "RESUME", 111.0)
+        say(arriving, "RESUME", 112.0)
+        assert states.running_since() == {"id-3": 111.0}
+        say(ONE, "RESUME", 113.0)
+        assert states.running_since() == {"id-1": 113.0, "id-3": 111.0}, "two machines: two copies would be seen"
+        host.moving = ()
+        say(arriving, "GONE", 120.0)
+        host.states["id-1"] = VmState.PAUSED
+        say(ONE, "STOP", 121.0)
+        say(ONE, "RESUME", 122.0)
+        await settle()
+        assert states.running_since() == {}, "an answer that is newer than the event"

@@ -8,8 +8,9 @@ is the one that sees it: a sum over all hosts has each figure once.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -32,6 +33,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     moves: tuple[MoveReport, ...]
     """The moves that are open."""
     settings: HostSettings
+    running_since: Mapping[str, float] = msgspec.field(default_factory=dict)
+    """By the VM's id: since when (UNIX time) its guest runs here."""
 
 
 class Metrics:
@@ -157,6 +160,7 @@ class _Present(Collector):
     def collect(self) -> Iterator[Metric]:
         moves = self.snapshot.moves
         yield self._vms()
+        yield self._running()
         yield from self._slots()
         yield from _live(moves)
         yield from _estimates(moves)
@@ -168,6 +172,18 @@ class _Present(Collector):
             counts[vm.state] += 1
         for state, count in counts.items():
             family.add_metric((state.value,), count)
+        return family
+
+    def _running(self) -> Metric:
+        family = GaugeMetricFamily(
+            "kvmhv_vm_running_since_timestamp_seconds",
+            "Since when the guest runs on this host; only for guests that run. More than one host has it for a VM: two "
+            "copies run, or it has just moved between two scrapes.",
+            labels=("vm", "vm_id"),
+        )
+        for vm in self.snapshot.vms:
+            if vm.id in self.snapshot.running_since:
+                family.add_metric((vm.name, vm.id), self.snapshot.running_since[vm.id])
         return family
 
     def _slots(self) -> Iterator[Metric]:

@@ -7,7 +7,8 @@ moving is not asked at all.
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 
 from kvmhv.agent.vms import Vms
 from kvmhv.errors import KvmhvError
@@ -20,16 +21,27 @@ PAUSE_MIN_S = 0.05
 """Between two VMs, so that the agent's other work comes first."""
 TELLING = frozenset({"RESUME", "STOP", "SHUTDOWN", "GONE", "SUSPEND", "WAKEUP"})
 """What QEMU says when a VM's state changes."""
+STANDING = TELLING - {"RESUME"}
+"""After these a guest does not run before RESUME, or before it is asked."""
 
 
 class VmStates:
     """Keeps the newest known state of each VM."""
 
-    def __init__(self, host: str, vms: Vms, hypervisor: Hypervisor, moving: Callable[[], tuple[Vm, ...]]) -> None:
-        """`moving` gives the VMs that are in a move now."""
+    def __init__(
+        self,
+        host: str,
+        vms: Vms,
+        hypervisor: Hypervisor,
+        moving: Callable[[], tuple[Vm, ...]],
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        """`moving` gives the VMs that are in a move now, `wall_s` the UNIX time."""
         self._host = host
         self._vms = vms
         self._moving = moving
+        self._wall_s = wall_s
+        self._since_s: dict[str, float] = {}
         self._known: dict[str, VmState] = {}
         self._urgent: dict[str, None] = {}
         self._woken = asyncio.Event()
@@ -43,11 +55,21 @@ class VmStates:
         shown += [self._summary(vm, VmState.INCOMING) for vm in arriving.values()]
         return tuple(sorted(shown, key=lambda vm: vm.name))
 
+    def running_since(self) -> Mapping[str, float]:
+        """Return since when (UNIX time) each VM's guest is known to run here, by the VM's id; asks nobody.
+
+        QEMU's own events tell it, so it is true in the middle of a move too: never both sides at one moment, unless two
+        copies run. After the agent's start it is the time at which a guest was first seen to run.
+        """
+        return dict(self._since_s)
+
     async def watch(self) -> None:
         """Keep the states up to date, until cancelled."""
         while True:
             vms = self._vms.defined()
             self._known = {vm.id: self._known[vm.id] for vm in vms if vm.id in self._known}
+            here = {vm.id for vm in (*vms, *self._moving())}
+            self._since_s = {vm_id: since_s for vm_id, since_s in self._since_s.items() if vm_id in here}
             for vm in vms:
                 await self._look(vm)
                 for vm_id in tuple(self._urgent):
@@ -63,6 +85,10 @@ class VmStates:
                 self._woken.clear()
 
     def _on_event(self, event: QemuEvent) -> None:
+        if event.name == "RESUME":
+            self._since_s.setdefault(event.vm_id, self._wall_s())
+        elif event.name in STANDING:
+            self._since_s.pop(event.vm_id, None)
         if event.name in TELLING:
             self._urgent[event.vm_id] = None
             self._woken.set()
@@ -79,7 +105,13 @@ class VmStates:
         if any(moving.id == vm.id for moving in self._moving()):
             return
         with contextlib.suppress(KvmhvError):
-            self._known[vm.id] = (await self._vms.show(vm.name)).state
+            state = self._known[vm.id] = (await self._vms.show(vm.name)).state
+            if any(moving.id == vm.id for moving in self._moving()):
+                return  # a move has begun while it was asked: its events are newer than the answer
+            if state is VmState.RUNNING:
+                self._since_s.setdefault(vm.id, self._wall_s())
+            else:
+                self._since_s.pop(vm.id, None)
 
     def _summary(self, vm: Vm, state: VmState) -> VmSummary:
         return VmSummary(

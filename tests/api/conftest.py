@@ -130,6 +130,9 @@ class Vms:
     def summaries(self) -> tuple[VmSummary, ...]:
         return (VmSummary(name="web01", id="id-1", state=VmState.RUNNING, host="here", memory_bytes=1, cpus=1),)
 
+    def running_since(self) -> dict[str, float]:
+        return {"id-1": 1000.0}
+
     async def show(self, name: str) -> VmDetails:
         if name == "boom":
             raise RuntimeError("a secret inside")

@@ -48,7 +48,12 @@ async def receive_file(api: Services, call: Call) -> None:
 
 async def metrics(api: Services, call: Call) -> web.Response:
     """Answer GET /metrics."""
-    snapshot = Snapshot(vms=api.vm_states.summaries(), moves=api.running_moves(), settings=api.settings.current)
+    snapshot = Snapshot(
+        vms=api.vm_states.summaries(),
+        moves=api.running_moves(),
+        settings=api.settings.current,
+        running_since=api.vm_states.running_since(),
+    )
     return web.Response(body=api.metrics.render(snapshot), headers={"Content-Type": CONTENT_TYPE})
 
 

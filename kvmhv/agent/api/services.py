@@ -1,6 +1,6 @@
 """What the API needs of the rest of the agent: a Protocol for each, and one record that holds them all."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -170,6 +170,10 @@ class VmStates(Protocol):
 
     def summaries(self) -> tuple[VmSummary, ...]:
         """Return every VM by name."""
+        ...
+
+    def running_since(self) -> Mapping[str, float]:
+        """Return since when (UNIX time) each VM's guest is known to run here, by the VM's id."""
         ...
 
 
