@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from kvmhv.errors import CallerError
-from kvmhv.model import MIB, HostSettings, Timeouts
+from kvmhv.model import COUNT_MAX, MIB, HostSettings, Timeouts, Wait
 
 PORT = 6600
 """Hyper-V's port for live migration."""
@@ -24,22 +24,22 @@ PORT = 6600
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Bounds of the agent itself."""
 
-    vms: Annotated[int, Meta(ge=1)] = 500
-    peer_frame_bytes: Annotated[int, Meta(ge=65536)] = 4 * MIB
+    vms: Annotated[int, Meta(ge=1, le=COUNT_MAX)] = 500
+    peer_frame_bytes: Annotated[int, Meta(ge=65536, le=COUNT_MAX)] = 4 * MIB
     """Largest message between two agents."""
-    request_bytes: Annotated[int, Meta(ge=4096)] = 1 * MIB
+    request_bytes: Annotated[int, Meta(ge=4096, le=COUNT_MAX)] = 1 * MIB
     """Largest JSON body of the REST API (uploads of images have no such bound but the disk's)."""
-    move_facts: Annotated[int, Meta(ge=100)] = 10_000
+    move_facts: Annotated[int, Meta(ge=100, le=COUNT_MAX)] = 10_000
     """Facts of one move that wait to be handled; beyond it the move fails."""
-    moves_kept: Annotated[int, Meta(ge=10)] = 1000
+    moves_kept: Annotated[int, Meta(ge=10, le=COUNT_MAX)] = 1000
     """Records of ended moves that are kept."""
-    tokens: Annotated[int, Meta(ge=1)] = 100
-    peers: Annotated[int, Meta(ge=1)] = 200
-    connections: Annotated[int, Meta(ge=10)] = 500
-    qmp_timeout_s: Annotated[float, Meta(gt=0)] = 20.0
+    tokens: Annotated[int, Meta(ge=1, le=COUNT_MAX)] = 100
+    peers: Annotated[int, Meta(ge=1, le=COUNT_MAX)] = 200
+    connections: Annotated[int, Meta(ge=10, le=COUNT_MAX)] = 500
+    qmp_timeout_s: Wait = 20.0
     """A QMP command that QEMU answers at once unless it hangs."""
-    qemu_start_s: Annotated[float, Meta(gt=0)] = 30.0
-    stop_grace_s: Annotated[float, Meta(gt=0)] = 60.0
+    qemu_start_s: Wait = 30.0
+    stop_grace_s: Wait = 60.0
     """ACPI power button until force, in `vm stop`."""
 
 

@@ -6,9 +6,23 @@ Target to source: Answer, FilesWanted, Ready, Running, Owned, Refused, Unknown.
 Every message can be repeated: a connection that broke is made again and each side repeats what the other may lack.
 """
 
-import msgspec
+from typing import Annotated
 
-from kvmhv.model import ErrorBody, IncomingAddress, Inventory, MoveReport, MoveRequest, Plan, Struct, Vm
+import msgspec
+from msgspec import Meta
+
+from kvmhv.model import (
+    ClockMs,
+    Epoch,
+    ErrorBody,
+    IncomingAddress,
+    Inventory,
+    MoveReport,
+    MoveRequest,
+    Plan,
+    Struct,
+    Vm,
+)
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
@@ -54,9 +68,9 @@ class Answer(Message, frozen=True, kw_only=True):
 class Offer(Message, frozen=True, kw_only=True):
     """Make ready for this plan. `psk_hex` is the key of this move's memory and disk channels."""
 
-    epoch: int
+    epoch: Epoch
     plan: Plan
-    psk_hex: str
+    psk_hex: Annotated[str, Meta(pattern=r"^([0-9a-f]{2}){1,128}$(?!\n)")]
 
 
 class FilesWanted(Message, frozen=True, kw_only=True):
@@ -70,14 +84,14 @@ class FilesSent(Message, frozen=True, kw_only=True):
 class Ready(Message, frozen=True, kw_only=True):
     """The target's QEMU listens. From here on the target has journalled that it accepts this epoch."""
 
-    epoch: int
+    epoch: Epoch
     address: IncomingAddress
 
 
 class MirrorsEnded(Message, frozen=True, kw_only=True):
     """The disks are in sync and nobody writes to the exports any more."""
 
-    epoch: int
+    epoch: Epoch
     held: bool = False
     """The guest was stopped by the source's agent, not by QEMU: only that agent can let it go on."""
 
@@ -85,7 +99,7 @@ class MirrorsEnded(Message, frozen=True, kw_only=True):
 class Grant(Message, frozen=True, kw_only=True):
     """The target may run the VM. Irrevocable: the source runs it again only on proof that the target refused."""
 
-    epoch: int
+    epoch: Epoch
     sent: bool = True
     """False: the source has lost its copy before it heard that all was sent; the target knows what it has."""
     ran: bool = False
@@ -95,13 +109,13 @@ class Grant(Message, frozen=True, kw_only=True):
 class Running(Message, frozen=True, kw_only=True):
     """The VM runs at the target. `resumed_ms` is the target's monotonic clock at RESUME."""
 
-    epoch: int
-    resumed_ms: float
-    uncertainty_ms: float = 0.0
+    epoch: Epoch
+    resumed_ms: ClockMs
+    uncertainty_ms: ClockMs = 0.0
     """Filled in by the receiver, which turns `resumed_ms` into its own clock."""
-    loaded_before_ms: float | None = None
+    loaded_before_ms: ClockMs | None = None
     """How long before RESUME the target had loaded everything."""
-    granted_before_ms: float | None = None
+    granted_before_ms: ClockMs | None = None
     """How long before RESUME the grant had arrived."""
 
 
@@ -111,36 +125,36 @@ class Owned(Message, frozen=True, kw_only=True):
     Said again when the guest's first frame has been seen.
     """
 
-    epoch: int
-    first_frame_after_ms: float | None = None
+    epoch: Epoch
+    first_frame_after_ms: ClockMs | None = None
     """From RESUME to the guest's first frame on the target's switch; None: not seen yet, or nobody looks."""
 
 
 class Refused(Message, frozen=True, kw_only=True):
     """The target will never run this epoch: journalled, its incoming QEMU ended, before this was said."""
 
-    epoch: int
+    epoch: Epoch
     error: ErrorBody
 
 
 class Abort(Message, frozen=True, kw_only=True):
     """The source takes the move back. Answered by Refused, or by Running if it is too late."""
 
-    epoch: int
+    epoch: Epoch
     error: ErrorBody
 
 
 class Finished(Message, frozen=True, kw_only=True):
     """The source has removed its copy; the whole report, for the target's records."""
 
-    epoch: int
+    epoch: Epoch
     report: MoveReport
 
 
 class Unknown(Message, frozen=True, kw_only=True):
     """The target cannot tell whether it ran this epoch (QEMU is gone, the host rebooted in the blackout)."""
 
-    epoch: int
+    epoch: Epoch
     error: ErrorBody
 
 

@@ -12,17 +12,45 @@ from msgspec import Meta
 GIB = 1024**3
 MIB = 1024**2
 
-VM_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-"""Names become file names, tap names and host-visible labels: letters, digits, dot, underscore, dash; 63 at most."""
+VM_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$(?!\n)"
+"""Names become file names, tap names and host-visible labels: letters, digits, dot, underscore, dash; 63 at most.
 
+A pattern's `$` alone would let a last line feed through.
+"""
+
+COUNT_MAX = 2**53
+"""What every JSON reader can hold exactly."""
+
+# The types below are what another host, a file or a person may say: checked where it is read, so that nobody further in
+# has to doubt them.
 Name = Annotated[str, Meta(pattern=VM_NAME_PATTERN)]
-Bytes = Annotated[int, Meta(ge=0)]
+Bytes = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
+Epoch = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Ip = Annotated[str, Meta(pattern=r"^[0-9A-Fa-f.:]{2,45}$(?!\n)")]
+Word = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=,-]{0,255}$(?!\n)")]
+"""A name of QEMU's: machine, CPU model, capability."""
+Bridge = Annotated[str, Meta(pattern=r"^[^\s/,:=]{1,15}$(?!\n)")]
+"""Linux: an interface's name has 15 bytes at most."""
+Mac = Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}$(?!\n)")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
+Text = Annotated[str, Meta(max_length=4096, pattern=r"^[^\0]*$")]
+ClockMs = Annotated[float, Meta(ge=-1e15, le=1e15)]
+"""A moment of a host's monotonic clock, or a time between two."""
+WAIT_MAX_S = 30 * 86400.0
+Wait = Annotated[float, Meta(gt=0, le=WAIT_MAX_S)]
+"""The bound of a wait, in seconds: no wait is without one."""
 
 MEMORY_MIN_BYTES = 1 * MIB
 MEMORY_MAX_BYTES = 4096 * GIB
 DISK_MIN_BYTES = 512
 DISK_MAX_BYTES = 64 * 1024 * GIB
 CPUS_MAX = 255
+DEVICES_MAX = 32
+"""Disks, or network cards, of one VM."""
+LAYERS_MAX = 64
+DeviceName = Annotated[str, Meta(pattern=r"^[a-z]{1,8}[0-9]{1,3}$(?!\n)")]
+PciSlot = Annotated[int, Meta(ge=0, le=31)]
 
 DEFAULT_MACHINE = "pc-q35-7.2"
 """Every supported QEMU (7.2 to 10.x) has it, so a VM can move between all of them."""
@@ -48,8 +76,8 @@ class DiskFormat(enum.StrEnum):
 class Layer(Struct, frozen=True, kw_only=True):
     """One image file of a disk: `location/path`, which means the same on every host that has the location."""
 
-    location: str
-    path: str
+    location: Name
+    path: Text
     format: DiskFormat
     size_bytes: Bytes = 0
     """Its virtual size where that may differ from the disk's (a backing layer's); 0: the disk's."""
@@ -58,45 +86,46 @@ class Layer(Struct, frozen=True, kw_only=True):
 class Disk(Struct, frozen=True, kw_only=True):
     """A virtual disk: its layers from the top (written) down to the last backing file (read only)."""
 
-    name: str
+    name: DeviceName
     """`disk0`, `disk1`, ...: block node, device and export are named after it."""
     size_bytes: Bytes
-    layers: tuple[Layer, ...]
-    pci_slot: int
+    layers: Annotated[tuple[Layer, ...], Meta(max_length=LAYERS_MAX)]
+    pci_slot: PciSlot
 
 
 class Nic(Struct, frozen=True, kw_only=True):
     """A virtio network card on a named switch (a bridge of that name on the host)."""
 
-    name: str
-    switch: str
-    mac: str
-    pci_slot: int
+    name: DeviceName
+    switch: Bridge
+    mac: Mac
+    pci_slot: PciSlot
 
 
 class DirectKernel(Struct, frozen=True, kw_only=True):
     """Direct kernel boot. The files belong to the VM (`kernel` and `initrd` in its directory) and move with it."""
 
-    append: str = ""
-    kernel_sha256: str
+    append: Text = ""
+    kernel_sha256: Sha256
     kernel_bytes: Bytes
-    initrd_sha256: str | None = None
+    initrd_sha256: Sha256 | None = None
     initrd_bytes: Bytes = 0
 
 
 class Vm(Struct, frozen=True, kw_only=True):
     """A VM's whole definition: what the guest sees, and nothing that differs between hosts."""
 
-    id: str
+    id: Name
+    """A UUID; file names are made of it."""
     name: Name
     memory_bytes: Bytes
-    cpus: int
-    machine: str = DEFAULT_MACHINE
-    cpu: str = DEFAULT_CPU
-    disks: tuple[Disk, ...] = ()
-    nics: tuple[Nic, ...] = ()
+    cpus: Annotated[int, Meta(ge=1, le=CPUS_MAX)]
+    machine: Word = DEFAULT_MACHINE
+    cpu: Word = DEFAULT_CPU
+    disks: Annotated[tuple[Disk, ...], Meta(max_length=DEVICES_MAX)] = ()
+    nics: Annotated[tuple[Nic, ...], Meta(max_length=DEVICES_MAX)] = ()
     kernel: DirectKernel | None = None
-    epoch: int = 0
+    epoch: Epoch = 0
     """Counts the VM's changes of host; a grant is for one epoch only."""
 
 
@@ -331,7 +360,7 @@ class Outcome(enum.StrEnum):
 class Rule(Struct, frozen=True, kw_only=True):
     """The pre-copy rule: stop when remaining <= threshold, or when `max_passes` are complete, whichever is first."""
 
-    max_passes: int = 10
+    max_passes: Annotated[int, Meta(ge=1, le=COUNT_MAX)] = 10
     threshold_bytes: Bytes = 1 * MIB
     """Measured at 1 Gbit/s: the switchover itself costs some 35 ms; 1 MiB adds 9 ms to it, 4 MiB would double it."""
     bandwidth_bytes_per_s: Bytes = 0
@@ -354,20 +383,20 @@ class PageSample(Struct, frozen=True, kw_only=True):
 class Channels(Struct, frozen=True, kw_only=True):
     """How the memory travels."""
 
-    count: int = 0
+    count: Annotated[int, Meta(ge=0, le=255)] = 0
     """Connections beside the main one, each with a thread; 0: all over one plain connection."""
-    method: str = "none"
+    method: Word = "none"
     """How they compress: `zstd`, `zlib`."""
-    level: int = 0
-    ratio: float = 1.0
+    level: Annotated[int, Meta(ge=0, le=22)] = 0
+    ratio: Annotated[float, Meta(ge=0.01, le=1e6)] = 1.0
     """How far memory is expected to shrink."""
 
 
 class IncomingAddress(Struct, frozen=True, kw_only=True):
     """Ports on which a waiting QEMU listens, at the plan's target address."""
 
-    memory_port: int
-    disk_port: int | None
+    memory_port: Port
+    disk_port: Port | None
 
 
 class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -406,7 +435,7 @@ class MoveRequest(Struct, frozen=True, kw_only=True):
 class DiskCopy(Struct, frozen=True, kw_only=True):
     """How one disk travels: its backing layers are copied as they are, its top is mirrored while it is written."""
 
-    disk: str
+    disk: DeviceName
     size_bytes: Bytes
     used_bytes: Bytes
     source_layers: tuple[Layer, ...]
@@ -418,9 +447,9 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     mode: Mode
     rule: Rule
-    source_address: str
-    target_address: str
-    capabilities: tuple[str, ...]
+    source_address: Ip
+    target_address: Ip
+    capabilities: tuple[Word, ...]
     disk_copies: tuple[DiskCopy, ...]
     target_vm: Vm
     """The VM as it will be defined at the target (disk layers may lie elsewhere; epoch is one higher)."""
@@ -433,25 +462,25 @@ class Plan(Struct, frozen=True, kw_only=True):
 class Timeouts(Struct, frozen=True, kw_only=True):
     """Bounds of every wait of a move, in seconds. They come from the source's configuration and travel in the plan."""
 
-    answer_s: float = 20.0
+    answer_s: Wait = 20.0
     """A message that the other agent answers from memory."""
-    prepare_s: float = 120.0
+    prepare_s: Wait = 120.0
     """Target: making disks, starting QEMU."""
-    storage_idle_s: float = 120.0
+    storage_idle_s: Wait = 120.0
     """No byte of a disk copied for so long: the move fails."""
-    storage_s: float = 48 * 3600.0
+    storage_s: Wait = 48 * 3600.0
     """The whole storage phase."""
-    memory_idle_s: float = 60.0
+    memory_idle_s: Wait = 60.0
     """No page sent for so long: the move fails."""
-    memory_s: float = 12 * 3600.0
+    memory_s: Wait = 12 * 3600.0
     """The whole memory phase."""
-    switchover_s: float = 30.0
+    switchover_s: Wait = 30.0
     """From the guest's stop to the end of the transfer; beyond it the guest goes on at the source."""
-    grant_s: float = 15.0
+    grant_s: Wait = 15.0
     """From the grant to the target's answer; beyond it the move needs the operator until the other side answers."""
-    reconnect_s: float = 30.0
+    reconnect_s: Wait = 30.0
     """A lost peer before the grant: so long a side tries again before it gives the move up."""
-    undo_s: float = 60.0
+    undo_s: Wait = 60.0
     """Taking back what a move made."""
 
 

@@ -3,9 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 
-import msgspec
-
-from kvmhv.agent import events
+from kvmhv.agent import events, past_moves
 from kvmhv.agent.events import Events
 from kvmhv.agent.metrics import Metrics
 from kvmhv.model import MoveReport
@@ -20,7 +18,7 @@ class Chronicle:
     def __init__(self, metrics: Metrics, log: Events, records: Iterable[bytes] = ()) -> None:
         """`records`: the reports that are kept, the newest last."""
         newest = deque(records, RECENT)
-        self._recent = deque((msgspec.json.decode(one, type=MoveReport) for one in newest), RECENT)
+        self._recent = deque(past_moves.read(newest), RECENT)
         self._metrics = metrics
         self._log = log
         self._told: dict[tuple[str, str], str | None] = {}

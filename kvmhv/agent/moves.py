@@ -149,8 +149,7 @@ class Moves:
 
     async def list(self) -> tuple[MoveReport, ...]:
         """Return the moves that run and the ended ones that are kept, the newest last."""
-        ended = [msgspec.json.decode(report, type=MoveReport) for report in self._journal.reports()]
-        return tuple(ended) + self._open.reports()
+        return (*past_moves.read(self._journal.reports()), *self._open.reports())
 
     async def show(self, move_id: str) -> MoveReport:
         """Return one move by its id or an unambiguous prefix.
@@ -258,7 +257,7 @@ class Moves:
             hello,
             self._config.name,
             self._clock,
-            self._ended(hello.move_id),
+            self._ended(hello.move_id, connection.peer_name),
             lambda message: self._answer(connection, message, written),
             lambda offer, link: self._accept(connection, hello, offer, link),
         )
@@ -362,10 +361,10 @@ class Moves:
                 return (await self._prove(here, vm, request))[0]
         return here
 
-    def _ended(self, move_id: str) -> MoveReport | None:
-        for encoded in self._journal.reports():
-            report = msgspec.json.decode(encoded, type=MoveReport)
-            if report.id == move_id:
+    def _ended(self, move_id: str, other: str) -> MoveReport | None:
+        """Return how a move with that host ended here: a third one is told nothing of it."""
+        for report in past_moves.read(self._journal.reports()):
+            if report.id == move_id and other in (report.source, report.target):
                 return report
         return None
 

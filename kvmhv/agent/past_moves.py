@@ -1,13 +1,25 @@
 """What earlier moves to a host tell of the way there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
+import structlog
 
 from kvmhv.model import MoveReport, Outcome
 
+log = structlog.get_logger(__name__)
+
 LOOKED_AT = 20
 """So many of the newest moves say what the link can do."""
+
+
+def read(reports: Iterable[bytes]) -> Iterator[MoveReport]:
+    """Yield the reports that can be read: one that was damaged, or is of another version, hides no other."""
+    for encoded in reports:
+        try:
+            yield msgspec.json.decode(encoded, type=MoveReport)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            log.warning("the report of an ended move cannot be read", error=str(error))
 
 
 def throughput(reports: Sequence[bytes], target: str) -> float | None:
@@ -21,8 +33,7 @@ def link(reports: Sequence[bytes], target: str) -> float | None:
 
 
 def _rates(reports: Sequence[bytes], target: str) -> Iterator[float]:
-    for encoded in reversed(reports):
-        report = msgspec.json.decode(encoded, type=MoveReport)
+    for report in read(reversed(reports)):
         seconds = sum(one.seconds for one in report.passes)
         limited = report.plan is not None and report.plan.rule.bandwidth_bytes_per_s
         if report.target == target and report.outcome is Outcome.DONE and seconds > 0 and not limited:

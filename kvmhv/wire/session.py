@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from kvmhv.errors import PeerBroke
 from kvmhv.messages import AnyMessage, Running, ToSource, ToTarget
-from kvmhv.model import Struct
+from kvmhv.model import COUNT_MAX, ClockMs, Epoch, Name, Struct
 
 VERSIONS = (1, 1)
 """Oldest and newest protocol version spoken here: the newest and the one before it."""
@@ -25,6 +25,7 @@ VERSIONS = (1, 1)
 SOURCE, TARGET = "source", "target"
 
 Short = Annotated[str, Meta(max_length=256)]
+Version = Annotated[int, Meta(ge=0, le=COUNT_MAX)]
 
 
 class Frame(Struct, frozen=True, kw_only=True, tag_field="frame", tag=True):
@@ -34,12 +35,12 @@ class Frame(Struct, frozen=True, kw_only=True, tag_field="frame", tag=True):
 class Hello(Frame, frozen=True, kw_only=True):
     """The first frame of both sides."""
 
-    versions: tuple[int, int] = VERSIONS
-    move_id: Short
+    versions: tuple[Version, Version] = VERSIONS
+    move_id: Name
     host: Short
     role: Short
     """What the speaker is in this move: `source` or `target`."""
-    epoch: int
+    epoch: Epoch
     """The epoch that the move would begin, for a side that has no open state of it any more."""
 
 
@@ -52,14 +53,14 @@ class Say(Frame, frozen=True, kw_only=True):
 class Ping(Frame, frozen=True, kw_only=True):
     """What does your clock say? `sent_ms` is the asker's and comes back untouched."""
 
-    sent_ms: float
+    sent_ms: ClockMs
 
 
 class Pong(Frame, frozen=True, kw_only=True):
     """The answer: `clock_ms` is the answerer's monotonic clock."""
 
-    sent_ms: float
-    clock_ms: float
+    sent_ms: ClockMs
+    clock_ms: ClockMs
 
 
 AnyFrame = Hello | Say | Ping | Pong
