@@ -44,6 +44,17 @@ def test_a_grant_is_journalled_before_it_is_sent(right: SourceRight) -> None:
     assert effects == [Journal(durable=False), Send(message=Grant(epoch=EPOCH, sent=True))]
 
 
+def test_what_was_not_announced_on_disk_is_not_granted() -> None:
+    hold = SourceHold(epoch=EPOCH, announced=False)
+    for lost in (hold, hold.without_copy()):
+        with pytest.raises(HandoverViolation, match="not announced"):
+            handover.grant(lost, sent=True)
+    announced, effects = handover.announce(hold)
+    assert effects == [Journal(durable=True)]
+    assert handover.grant(announced, sent=True)[0].right is SourceRight.GRANTED
+    assert handover.announce(announced) == (announced, [])
+
+
 @pytest.mark.parametrize("right", [SourceRight.YIELDED, SourceRight.HOLDS_AGAIN])
 def test_what_was_given_or_refused_is_not_granted_again(right: SourceRight) -> None:
     with pytest.raises(HandoverViolation):

@@ -9,9 +9,11 @@ import msgspec
 import pytest
 
 from kvmhv.core import facts, progress, source
+from kvmhv.core.effects import Journal, StopGuest
+from kvmhv.core.handover import SourceHold
 from kvmhv.core.progress import Standing
 from kvmhv.core.source_state import SourceState, report
-from kvmhv.model import MIB, MoveReport, Outcome, Pass, Phase, Rule
+from kvmhv.model import GIB, MIB, MoveReport, Outcome, Pass, Phase, Rule
 
 RECORDED = Path(__file__).parent / "recorded"
 RECORDINGS = sorted(path.stem for path in RECORDED.glob("*.json"))
@@ -174,6 +176,37 @@ def test_disks_come_first_and_a_limit_holds_until_the_blackout() -> None:
     assert seen.seconds_likely == pytest.approx(20 + 8 + blackout_s + progress.CLEANUP_S)
 
 
+def test_until_the_network_is_measured_a_switchover_is_near_if_it_may_be() -> None:
+    assert progress.is_near(standing(phase=Phase.MEMORY, used_bytes=1 * GIB))
+    assert not progress.is_near(standing(phase=Phase.MEMORY, used_bytes=8 * GIB))
+    limited = Rule(bandwidth_bytes_per_s=100 * MIB)
+    assert not progress.is_near(standing(phase=Phase.MEMORY, used_bytes=1 * GIB, rule=limited))
+    assert not progress.is_near(standing(phase=Phase.MEMORY, used_bytes=1 * GIB, expected_bytes_per_s=100e6))
+
+
 def test_progress_in_the_blackout_is_near_the_end() -> None:
     assert progress.progress(standing(phase=Phase.STATE), 0.3, 0.0) == progress.BLACKOUT_PROGRESS
     assert progress.progress(standing(phase=Phase.CLEANUP), 0.99, 1.0) == 0.99
+
+
+@pytest.mark.parametrize("name", [one for one in RECORDINGS if not one.startswith("faster")])
+def test_the_switchover_is_announced_shortly_before_it_comes(name: str) -> None:
+    """While the guest runs, and not long before it stops: until then a power cut of both hosts has a clear end.
+
+    (The other recording's memory is so small that its first pass might have been over before anybody could measure.)
+    """
+    raw = msgspec.json.decode((RECORDED / f"{name}.json").read_bytes(), type=dict[str, Any])
+    state = msgspec.convert(raw["state"], SourceState)
+    hold = SourceHold(epoch=state.hold.epoch, announced=False)
+    state = msgspec.structs.replace(state, hold=hold, throughput_bytes_per_s=state.throughput_bytes_per_s or 14e6)
+    announced_ms = None
+    any_fact = Union[tuple(_kinds(facts.Fact))]  # noqa: UP007 - made at run time
+    for fact in msgspec.convert(raw["facts"], list[any_fact]):  # type: ignore[valid-type]
+        state, effects = source.step(state, fact)
+        if announced_ms is None and state.hold.announced:
+            announced_ms = fact.at_ms
+            assert Journal(durable=True) in effects
+            assert StopGuest() not in effects
+    assert announced_ms is not None
+    assert state.stopped_ms is not None
+    assert 0 < state.stopped_ms - announced_ms < 6000

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvmhv.core import effects as ef
-from kvmhv.core import facts, recover
+from kvmhv.core import facts, handover, recover
 from kvmhv.core.handover import SourceRight, TargetRight
 from kvmhv.core.source_state import SourceState, SourceStep
 from kvmhv.core.target_state import TargetState, TargetStep
@@ -76,15 +76,28 @@ def test_the_clean_up_begins_again() -> None:
 
 @pytest.mark.parametrize("step", [S.MEMORY, S.STOPPING, S.SWITCHING])
 def test_a_source_without_a_copy_may_have_sent_everything_so_it_grants(step: SourceStep) -> None:
-    after, effects = again(at(step).state, found(process=False, rebooted=True))
+    state = at(step).state
+    announced = msgspec.structs.replace(state, hold=handover.announce(state.hold)[0])
+    after, effects = again(announced, found(process=False, rebooted=True))
     assert (after.step, after.hold.right, after.guest_runs) == (S.GRANTED, SourceRight.GRANTED, False)
     assert effects[0] is ef.Journal
 
 
-@pytest.mark.parametrize("step", [S.OFFERING, S.STORAGE])
-def test_without_a_copy_before_the_memory_it_has_failed(step: SourceStep) -> None:
-    after, _ = again(at(step).state, found(process=False))
+@pytest.mark.parametrize("rebooted", [True, False])
+@pytest.mark.parametrize("step", [S.OFFERING, S.STORAGE, S.MEMORY])
+def test_without_a_copy_and_an_announcement_it_has_failed(step: SourceStep, rebooted: bool) -> None:
+    """A power cut of both hosts while the guest still ran here: nothing was granted, and this side can say so."""
+    after, effects = again(at(step).state, found(process=False, rebooted=rebooted))
     assert (after.step, after.hold.right, after.guest_runs) == (S.UNDOING, SourceRight.HOLDS, False)
+    assert effects[0] is ef.Journal
+
+
+def test_the_journal_of_a_version_that_did_not_announce_proves_nothing() -> None:
+    old = msgspec.msgpack.decode(msgspec.msgpack.encode(at(S.MEMORY).state))
+    del old["hold"]["announced"]
+    state = msgspec.msgpack.decode(msgspec.msgpack.encode(old), type=SourceState)
+    after, _ = again(state, found(process=False, rebooted=True))
+    assert after.step is S.GRANTED
 
 
 @pytest.mark.parametrize("process", [True, False])

@@ -401,3 +401,30 @@ def test_the_invariants_are_asserted() -> None:
     driven.state = msgspec.structs.replace(driven.state, hold=SourceHold(epoch=1, right=SourceRight.GRANTED))
     with pytest.raises(AssertionError):
         driven.told(facts.PeerConnected(at_ms=1))
+
+
+def test_a_switchover_that_comes_as_a_surprise_is_announced_before_the_guest_stops() -> None:
+    """Memory that takes long: the first pass announces nothing, and then the guest has stopped writing."""
+    driven = at(S.OFFERING)
+    driven.state = msgspec.structs.replace(
+        driven.state, inventory=examples.inventory("host1", running=driven.state.vm, used_bytes=1 << 36)
+    )
+    driven.hears(Ready(epoch=1, address=ADDRESS)).told(facts.MirrorsReady(at_ms=5, copied_bytes=1), passes(1))
+    assert not driven.state.hold.announced
+    driven.told(passes(2))
+    assert driven.state.hold.announced
+    assert driven.kinds()[:2] == [ef.Journal, ef.StopGuest]
+
+
+def test_a_switchover_that_is_near_is_announced_while_the_guest_runs() -> None:
+    driven = at(S.MEMORY).told(passes(1))
+    assert driven.state.hold.announced
+    assert driven.kinds()[0] is ef.Journal
+    driven.told(passes(2))
+    assert ef.Journal not in driven.kinds()
+
+
+def test_qemu_that_switches_over_unannounced_waits_for_the_disk() -> None:
+    driven = at(S.MEMORY).told(facts.PreSwitchover(at_ms=20))
+    assert driven.state.hold.announced
+    assert driven.kinds()[0] is ef.Journal

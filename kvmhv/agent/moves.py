@@ -129,7 +129,7 @@ class Moves:
                 timeouts=self._config.timeouts,
                 inventory=await self._inventory_of(vm, request, dirty_rate=False),
                 psk_hex=secrets.token_hex(32),
-                hold=SourceHold(epoch=vm.epoch + 1),
+                hold=SourceHold(epoch=vm.epoch + 1, announced=False),
                 started_wall_s=self._clock.wall_s(),
                 volatile_id=self._journal.volatile_id,
                 throughput_bytes_per_s=past_moves.throughput(past, request.target),

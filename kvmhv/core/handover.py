@@ -18,8 +18,10 @@ An operator's reading of the rule, for one epoch (one change of host):
    takes the move back is on disk before it does: after a reboot it would otherwise grant a copy that is old.
 4. A source that has GRANTED stands still until it has proof: Running or Owned (it yields for ever) or Refused (it may
    go on). Silence proves nothing: it waits, and tells the operator.
-5. What stays: the source has granted, and the target's host died before the source heard Running. Nobody can prove
-   whether the guest ran there: both stand still until the operator decides. Nothing else stands still for good.
+5. Before the switchover can come, while the guest still runs, the source *announces* it: on disk. A source whose host
+   rebooted has no volatile journal; without an announcement it knows that it has not granted, and takes the move back.
+6. What stays: the switchover was announced, and the target's host died before the source heard Running. Nobody can
+   prove whether the guest ran there: both stand still until the operator decides. Nothing else stands still for good.
 
 This is the only file that makes a `Cont`, so it is the only place where a VM can come to run twice.
 """
@@ -55,10 +57,19 @@ class SourceHold(Struct, frozen=True, kw_only=True):
     right: SourceRight = SourceRight.HOLDS
     copy_lost: bool = False
     """Its QEMU is gone: it has nothing that could run."""
+    announced: bool = True
+    """It is on disk that the switchover may come. Without it nothing was granted, whatever else was forgotten.
+
+    A new move begins without; the journal of a version that did not announce yet proves nothing.
+    """
 
     def may_run(self) -> bool:
         """Whether the guest may run at the source."""
         return not self.copy_lost and self.right in (SourceRight.HOLDS, SourceRight.HOLDS_AGAIN)
+
+    def without_copy(self) -> "SourceHold":
+        """The same right when QEMU is gone."""
+        return SourceHold(epoch=self.epoch, right=self.right, copy_lost=True, announced=self.announced)
 
 
 class TargetHold(Struct, frozen=True, kw_only=True):
@@ -84,11 +95,20 @@ def _require(condition: bool, text: str) -> None:
 # --- source
 
 
+def announce(hold: SourceHold) -> tuple[SourceHold, list[Effect]]:
+    """Have it on disk that the switchover may come, before it is let come. Done once; the guest runs meanwhile."""
+    if hold.announced:
+        return hold, []
+    announced = SourceHold(epoch=hold.epoch, right=hold.right, copy_lost=hold.copy_lost, announced=True)
+    return announced, [Journal()]
+
+
 def grant(hold: SourceHold, *, sent: bool) -> tuple[SourceHold, list[Effect]]:
     """Give the VM away: journalled (volatile: no disk write in the blackout) before it is said. May be repeated.
 
     `sent`: the source's QEMU has completed. A source without a copy may grant as well: it has nothing to run.
     """
+    _require(hold.announced, "a grant that was not announced")
     _require(sent or hold.copy_lost, "a grant before everything was sent")
     _require(hold.right in (SourceRight.HOLDS, SourceRight.GRANTED), f"a grant by a source that {hold.right}")
     granted = _replace_source(hold, SourceRight.GRANTED)
@@ -120,7 +140,7 @@ def resume_at_source(hold: SourceHold, vm_id: str) -> list[Effect]:
 
 
 def _replace_source(hold: SourceHold, right: SourceRight) -> SourceHold:
-    return SourceHold(epoch=hold.epoch, right=right, copy_lost=hold.copy_lost)
+    return SourceHold(epoch=hold.epoch, right=right, copy_lost=hold.copy_lost, announced=hold.announced)
 
 
 # --- target
@@ -142,7 +162,10 @@ def run_at_target(
 
 
 def own_by_proof(hold: TargetHold, *, granted_epoch: int) -> TargetHold:
-    """Own what the source knows to have run here: the host has rebooted since, so there is nothing left to run."""
+    """Own what the source knows to have run here: the host has rebooted since, so there is nothing left to run.
+
+    Or what the source has granted and has no copy of either, if all disks are shared: they are the whole VM then.
+    """
     _require(granted_epoch == hold.epoch, f"proof for epoch {granted_epoch} in epoch {hold.epoch}")
     _require(hold.right is not TargetRight.REFUSED, "proof of a run after a refusal")
     return TargetHold(epoch=hold.epoch, right=TargetRight.OWNS)

@@ -25,6 +25,14 @@ UNFINISHED_MAX = 0.97
 BLACKOUT_PROGRESS = 0.98
 
 
+NEAR_S = 2.0
+"""The switchover is near: longer than a look at QEMU and a slow disk write take together."""
+FAST_BYTES_PER_S = 1.25e9
+"""The fastest that the memory may go as long as nobody has measured it ..."""
+FASTER = 4
+"""... or so many times what the last move there reached."""
+
+
 class Standing(Struct, frozen=True, kw_only=True):
     """What the source knows of its move at one moment."""
 
@@ -96,6 +104,15 @@ def estimate(standing: Standing) -> Estimate | None:
         switchover=likely.switchover,
         blackout_ms=likely.blackout_s * 1000,
     )
+
+
+def is_near(standing: Standing) -> bool:
+    """Return whether the guest is likely to be stopped within NEAR_S; until its rate is measured, whether it may be."""
+    seen = estimate(standing)
+    if seen is None or throughput_bytes_per_s(standing) is None:
+        fastest = FASTER * standing.expected_bytes_per_s or FAST_BYTES_PER_S
+        return standing.used_bytes / min(fastest, standing.rule.bandwidth_bytes_per_s or fastest) <= NEAR_S / 2
+    return seen.seconds_likely - CLEANUP_S - BLACKOUT_FIXED_S <= NEAR_S
 
 
 class _Play(Struct, frozen=True, kw_only=True):

@@ -1,8 +1,9 @@
 """What a new agent makes of an old journal and of the QEMU that outlived it.
 
 Evidence goes before memory: a source that has not granted (its volatile journal would say so) may go on; a source whose
-QEMU is gone has nothing to run and may always grant; a target whose volatile journal does not say that it was about to
-run has not run. Only a target whose host rebooted, which takes the volatile journal with it, cannot tell.
+QEMU is gone has nothing to run: it grants if it had announced the switchover, else it takes the move back; a target
+whose volatile journal does not say that it was about to run has not run. Only a target whose host rebooted, which takes
+the volatile journal with it, cannot tell.
 """
 
 import msgspec
@@ -10,7 +11,6 @@ import msgspec
 from kvmhv.core import handover, source, source_undo, target, target_undo
 from kvmhv.core.effects import Effect, EndCopy, Finish, Journal, NeedOperator, SetTimer, UndoSource, UndoTarget
 from kvmhv.core.facts import QemuGone, Restarted
-from kvmhv.core.handover import SourceHold
 from kvmhv.core.source_state import STEP_TIMER, SourceState, SourceStep, failed_body
 from kvmhv.core.target_state import TargetState, TargetStep
 from kvmhv.messages import Abort, Finished, Owned, Refused, Unknown
@@ -24,7 +24,7 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
     """Return how the source goes on. Its guest runs again at once, unless it was granted."""
     hold = state.hold
     if not found.process:
-        hold = SourceHold(epoch=hold.epoch, right=hold.right, copy_lost=True)
+        hold = hold.without_copy()
     state = msgspec.structs.replace(state, hold=hold, connected=False, guest_runs=state.guest_runs and found.process)
     if state.step is SourceStep.GRANTED:
         return state, [SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
@@ -34,12 +34,13 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
     if state.step is SourceStep.UNDOING:
         timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
         return state, [timer, UndoSource(timeout_s=state.timeouts.undo_s / 2)]
-    if found.rebooted and found.process and found.migration == "completed" and state.step in MAYBE_COMPLETE:
+    maybe_granted = hold.announced and state.step in MAYBE_COMPLETE
+    if found.rebooted and found.process and found.migration == "completed" and maybe_granted:
         # The volatile journal was lost without a reboot: whether it was granted is not known any more.
         given, effects = handover.grant(hold, sent=True)
         state = msgspec.structs.replace(state, hold=given, step=SourceStep.GRANTED, guest_runs=False)
         return state, [*effects, Journal(), SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
-    if hold.copy_lost and state.step in MAYBE_COMPLETE:
+    if hold.copy_lost and maybe_granted:
         given, effects = handover.grant(hold, sent=False)
         state = msgspec.structs.replace(state, hold=given, step=SourceStep.GRANTED, guest_runs=False)
         return state, [*effects, Journal(), SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]

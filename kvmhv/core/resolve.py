@@ -41,12 +41,14 @@ def choices(state: SourceState | TargetState) -> tuple[Choice, ...]:
 def _of_source(state: SourceState) -> dict[RunAt, str]:
     here, there, vm = state.source, state.target, state.vm.name
     if state.step is SourceStep.GRANTED:
+        ended = "" if state.hold.copy_lost else f"the copy of {vm} on {here} is ended with its memory; "
+        disks = f"its disks on {here} stay until {there} confirms that the VM is its own"
         found = {
-            RunAt.TARGET: f"the copy of {vm} on {here} is ended; its disks here stay until {there} confirms that the "
-            f"VM is its own. Right if {vm} is seen to run on {there}.",
-            RunAt.RESTART: f"the copy of {vm} on {here} is ended with its memory; {vm} is stopped here and can be "
-            f"started from its disks as they were at the switchover. If it ran on {there}, what it wrote there is "
-            f"lost; if it runs there still, it then runs twice.",
+            RunAt.TARGET: f"{ended}{disks}. Right if {vm} is seen to run on {there}, or if {there} was the last to "
+            f"run it; {there} then has it, stopped if it lost it.",
+            RunAt.RESTART: f"{ended}{vm} is stopped here on {here} and can be started from its disks as they were at "
+            f"the switchover. If it ran on {there}, what it wrote there is lost; if it runs there still, it then runs "
+            f"twice.",
         }
         if not state.hold.copy_lost:
             found[RunAt.SOURCE] = (

@@ -1,6 +1,6 @@
 """The source before the blackout: the check, the offer, disks and memory going over while the guest runs."""
 
-from kvmhv.core import checks, facts, plan, precopy, source_switchover, source_undo
+from kvmhv.core import checks, facts, plan, precopy, progress, source_switchover, source_undo
 from kvmhv.core.effects import (
     ClearTimer,
     Effect,
@@ -19,6 +19,7 @@ from kvmhv.core.source_state import (
     SourceState,
     SourceStep,
     enter,
+    standing_of,
     update,
     with_progress,
 )
@@ -145,6 +146,7 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
     """Note what was sent; as long as pages go over the phase is not idle."""
     assert isinstance(fact, facts.MemoryProgress)
     moved = fact.sent_bytes > state.memory_sent_bytes
+    idle: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
     after = update(
         state,
         memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
@@ -152,9 +154,9 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
         sampled_dirty_bytes_per_s=fact.sampled_dirty_bytes_per_s or state.sampled_dirty_bytes_per_s,
     )
     if state.step is SourceStep.MEMORY:
-        after = with_progress(after, fact.at_ms)
-    idle: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
-    return after, idle if moved and state.step is SourceStep.MEMORY else []
+        after, effects = _announce_when_near(with_progress(after, fact.at_ms), fact.at_ms)
+        return after, [*effects, *idle] if moved else effects
+    return after, []
 
 
 def pass_started(state: SourceState, fact: facts.Fact) -> Result:
@@ -173,6 +175,13 @@ def pass_started(state: SourceState, fact: facts.Fact) -> Result:
     effects: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
     switchover = precopy.decide(state.rule, fact)
     if switchover is None:
-        return with_progress(state, fact.at_ms), effects
+        state, entry = _announce_when_near(with_progress(state, fact.at_ms), fact.at_ms)
+        return state, [*entry, *effects]
+    state, entry = source_switchover.announce(state)
     state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False)
-    return state, [StopGuest(), ClearTimer(name=IDLE_TIMER), *source_switchover.blackout_timer(state)]
+    return state, [*entry, StopGuest(), ClearTimer(name=IDLE_TIMER), *source_switchover.blackout_timer(state)]
+
+
+def _announce_when_near(state: SourceState, at_ms: float) -> Result:
+    """The switchover may come soon: announced now, its disk write delays nothing."""
+    return source_switchover.announce(state) if progress.is_near(standing_of(state, at_ms)) else (state, [])

@@ -23,6 +23,12 @@ from kvmhv.messages import Finished, Grant, MirrorsEnded, Owned, Running, Unknow
 from kvmhv.model import ErrorBody, Outcome, Phase
 
 
+def announce(state: SourceState) -> Result:
+    """Have it on disk that the switchover may come."""
+    hold, effects = handover.announce(state.hold)
+    return update(state, hold=hold), effects
+
+
 def blackout_timer(state: SourceState) -> list[Effect]:
     """Bound the blackout from the guest's stop to the end of the transfer."""
     return [SetTimer(name=STEP_TIMER, after_s=state.timeouts.switchover_s)]
@@ -40,14 +46,18 @@ def guest_stopped(state: SourceState, fact: facts.Fact) -> Result:
 
 
 def converged(state: SourceState, fact: facts.Fact) -> Result:
-    """QEMU reached its switchover by itself: so little was left that it did not wait for the lever."""
+    """QEMU reached its switchover by itself: so little was left that it did not wait for the lever.
+
+    That this was not announced before means that the agent was held up for seconds; then it is, here in the blackout.
+    """
     assert isinstance(fact, facts.PreSwitchover)
+    state, entry = announce(state)
     complete = state.pass_begun.number if state.pass_begun else 1
     switchover = precopy.converged(complete)
     state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False, pre_switchover=True)
     stopped_ms = fact.at_ms if fact.stopped_ms is None else fact.stopped_ms
     after, effects = guest_stopped(state, facts.GuestStopped(at_ms=fact.at_ms, told_ms=stopped_ms))
-    return after, [*effects, ClearTimer(name=IDLE_TIMER), *blackout_timer(after)]
+    return after, [*entry, *effects, ClearTimer(name=IDLE_TIMER), *blackout_timer(after)]
 
 
 def pre_switchover(state: SourceState, fact: facts.Fact) -> Result:

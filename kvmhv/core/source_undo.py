@@ -13,7 +13,7 @@ from kvmhv.core.effects import (
     SetTimer,
     UndoSource,
 )
-from kvmhv.core.handover import SourceHold, SourceRight
+from kvmhv.core.handover import SourceRight
 from kvmhv.core.source_state import (
     IDLE_TIMER,
     PEER_TIMER,
@@ -213,8 +213,7 @@ def unknown(state: SourceState, fact: facts.Fact) -> Result:
 def qemu_gone(state: SourceState, fact: facts.Fact) -> Result:
     """The source has no copy any more."""
     assert isinstance(fact, facts.QemuGone)
-    hold = SourceHold(epoch=state.hold.epoch, right=state.hold.right, copy_lost=True)
-    state = update(state, hold=hold, guest_runs=False)
+    state = update(state, hold=state.hold.without_copy(), guest_runs=False)
     if state.step is SourceStep.SWITCHING:
         return source_switchover.grant_it(state)  # nothing is left to run here: the target may have it all
     if state.step in UNDOABLE:

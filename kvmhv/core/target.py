@@ -278,11 +278,16 @@ def _say_it_runs(state: TargetState) -> list[Effect]:
 
 
 def _standing_granted(state: TargetState, fact: facts.Fact) -> Result:
-    """A grant does not say whether it was run before the reboot; the source's proof does."""
+    """A grant does not say whether it was run before the reboot; the source's proof does.
+
+    If the source has lost its copy too, only the disks are left: where both hosts share them, nothing is at stake.
+    """
     message = facts.message_of(fact, Grant)
-    if message.ran and message.epoch == state.hold.epoch:
+    both_lost = not message.sent and not state.plan.disk_copies
+    if (message.ran or both_lost) and message.epoch == state.hold.epoch:
         hold = handover.own_by_proof(state.hold, granted_epoch=message.epoch)
-        warning = f"{state.target} rebooted after it had taken {state.vm.name} over: the VM is stopped"
+        when = "after it had taken" if message.ran else f"as {state.source} did, when it was about to take"
+        warning = f"{state.target} rebooted {when} {state.vm.name} over: the VM is stopped"
         after = update(
             state,
             hold=hold,

@@ -107,7 +107,7 @@ def complete(memory: Memory, world: World, index: int, effect: ef.Effect) -> tup
             if other.qemu is not None and other.qemu.mirrors:
                 raise Violation("the export is closed while the mirror writes")
             return world.at(index, host._replace(exported=False)), facts.Unexported(at_ms=0)
-    return _complete_at_source(world, index, effect, qemu, failed)
+    return _complete_at_source(memory, world, index, effect, qemu, failed)
 
 
 def _complete_on_host(world: World, index: int, effect: ef.Effect) -> tuple[World, Fact | None]:
@@ -130,7 +130,7 @@ def _complete_on_host(world: World, index: int, effect: ef.Effect) -> tuple[Worl
 
 
 def _complete_at_source(
-    world: World, index: int, effect: ef.Effect, qemu: Qemu, failed: Fact
+    memory: Memory, world: World, index: int, effect: ef.Effect, qemu: Qemu, failed: Fact
 ) -> tuple[World, Fact | None]:
     host, other = world.hosts[index], world.hosts[1 - index]
     match effect:
@@ -145,6 +145,9 @@ def _complete_at_source(
         case ef.ContinueSwitchover():
             if qemu.migration != "pre-switchover":
                 return world, failed
+            durable = memory.states.values[host.durable] if host.durable >= 0 else None
+            if not isinstance(durable, SourceState) or not durable.hold.announced:
+                raise Violation("the switchover comes before it is announced on disk")
             return world.at(index, host._replace(qemu=qemu._replace(migration="device"))), None
         case ef.UndoSource():
             if qemu.migration in ACTIVE:
@@ -179,6 +182,13 @@ def resume_by_itself(world: World, index: int) -> World:
     return run_guest(world, index) if qemu.status == "finish" else world
 
 
+def pass_started(number: int) -> facts.PassStarted:
+    """QEMU tells that a pass begins; what remains is below the threshold."""
+    return facts.PassStarted(
+        at_ms=number, number=number, sent_bytes=number, remaining_bytes=0, total_bytes=1, dirty_bytes_per_s=0
+    )
+
+
 def by_itself(world: World) -> list[tuple[str, World, int, Fact]]:
     """What the two QEMUs may do next: (what, world, the host whose agent hears of it, fact)."""
     index = world.source
@@ -193,6 +203,8 @@ def by_itself(world: World) -> list[tuple[str, World, int, Fact]]:
     def target_becomes(qemu: Qemu) -> World:
         return world.at(1 - index, target._replace(qemu=qemu))
 
+    if here is not None and here.migration == "active" and here.passes == 1 and here.status == "running" and there:
+        found.append(("the last pass begins", source_becomes(here._replace(passes=2)), index, pass_started(2)))
     if here is not None and here.migration == "active" and there is not None:
         status = "finish" if here.status == "running" else here.status
         waiting = source_becomes(here._replace(status=status, migration="pre-switchover"))

@@ -144,12 +144,14 @@ class Explorer(Transitions):
         return "\n".join([*lines, end])
 
     def _check_standing(self, world: World) -> None:
-        """Only this may stand still: granted, and the target's host died before it could say whether it ran."""
+        """Only this may stand still: announced, granted, and the target's host died before it said whether it ran."""
         states = [self.memory.states.values[host.state] if host.state >= 0 else None for host in world.hosts]
         here, there = states[world.source], states[1 - world.source]
         allowed = (
             isinstance(here, SourceState)
             and here.step == "granted"
+            and self.memory.states.values[world.hosts[world.source].durable].hold.announced
+            and not (here.hold.copy_lost and not here.planned().disk_copies and not here.memory_sent)
             and isinstance(there, TargetState)
             and there.step == "standing"
             and here.outcome is there.outcome is Outcome.NEEDS_OPERATOR

@@ -99,6 +99,25 @@ def _(patches: Patches) -> None:
     _drop(patches, target_undo, "refuse", ef.Journal)
 
 
+@mutant("the announcement is not journalled")
+def _(patches: Patches) -> None:
+    _drop(patches, handover, "announce", ef.Journal)
+
+
+@mutant("the announcement is not on disk")
+def _(patches: Patches) -> None:
+    def hasty(hold: SourceHold) -> Any:
+        after, effects = old(hold)
+        return after, [ef.Journal(durable=False) for _ in effects]
+
+    old = patches.attribute(handover, "announce", hasty)
+
+
+@mutant("a source that rebooted takes back what it may have granted")
+def _(patches: Patches) -> None:
+    patches.attribute(recover, "MAYBE_COMPLETE", ())
+
+
 @mutant("the undo is not journalled")
 def _(patches: Patches) -> None:
     _drop(patches, source_undo, "undo", ef.Journal)
@@ -233,6 +252,16 @@ def _(patches: Patches) -> None:
         return old(msgspec.structs.replace(state, mirrors_finished=True), fact)
 
     old = patches.entry(source.ON_FACT, (S.STOPPING, facts.PreSwitchover), hasty)
+
+
+@mutant("a target that rebooted takes its own disks for the shared ones")
+def _(patches: Patches) -> None:
+    def trusting(state: Any, fact: facts.Fact) -> Any:
+        message = facts.message_of(fact, Grant)
+        ran = message.ran or not message.sent
+        return old(state, facts.Received(at_ms=0, message=Grant(epoch=message.epoch, ran=ran)))
+
+    old = patches.entry(target.ON_MESSAGE, (T.STANDING, Grant), trusting)
 
 
 @mutant("a grant that was lost is not said again")

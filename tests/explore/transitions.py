@@ -15,6 +15,8 @@ from tests.explore.world import CONNECTED, LOST, Host, Qemu, World
 from tests.sim import examples
 
 HOSTS = ("host1", "host2")
+MUCH_BYTES = 1 << 36
+"""So much memory that the first pass announces no switchover: it comes as a surprise."""
 Next = tuple[str, World]
 
 
@@ -44,7 +46,7 @@ class Transitions:
             Host(ended=(-1,) * self.bounds.moves, defined=True, disk="good", qemu=Qemu("running", fresh=True)),
             Host(ended=(-1,) * self.bounds.moves),
         )
-        return self._begin(World(hosts=hosts), moving)
+        return self._begin(World(hosts=hosts, shared=not self.bounds.disks), moving)
 
     def _begin(self, world: World, moving: examples.Vm) -> World:
         """Take a move up to its memory phase, without faults."""
@@ -55,6 +57,7 @@ class Transitions:
             target=HOSTS[there],
             move_id=f"move-{world.move}",
             volatile_id=self._volatile_id(world, here),
+            used_bytes=MUCH_BYTES,
         )
         said: list[AnyMessage] = []
 
@@ -86,8 +89,8 @@ class Transitions:
                 durable=number,
                 state=number,
                 timers=frozenset({"step", "idle"}),
-                qemu=qemu._replace(migration="active", mirrors=copies, ran=False),
-                events=(self.memory.facts.number(_pass(1)), self.memory.facts.number(_pass(2))),
+                qemu=qemu._replace(migration="active", mirrors=copies, ran=False, passes=1),
+                events=(self.memory.facts.number(acts.pass_started(1)),),
             ),
         )
         number = self.memory.states.number(taking)
@@ -358,9 +361,3 @@ class Transitions:
             return world
         other = world.hosts[1 - index]
         return world.at(1 - index, other._replace(inbox=(*other.inbox, self.memory.messages.number(reply))))
-
-
-def _pass(number: int) -> facts.PassStarted:
-    return facts.PassStarted(
-        at_ms=number, number=number, sent_bytes=number, remaining_bytes=0, total_bytes=1, dirty_bytes_per_s=0
-    )

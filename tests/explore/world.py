@@ -24,6 +24,8 @@ class Qemu(NamedTuple):
     """The memory in it is the newest: nothing ran elsewhere since."""
     mirrors: bool = False
     ran: bool = False
+    passes: int = 0
+    """Passes whose beginning it has told."""
 
 
 class Host(NamedTuple):
@@ -68,6 +70,8 @@ class World(NamedTuple):
 
     hosts: tuple[Host, Host]
     link: bool = True
+    shared: bool = False
+    """Both hosts see the same disks."""
     move: int = 0
     crashed: bool = False
     """A QEMU or a host has died: the VM may be stopped."""
@@ -101,6 +105,6 @@ def run_guest(world: World, index: int) -> World:
     world = world.at(index, host._replace(qemu=qemu._replace(status="running", ran=True)))
     if other.qemu is not None:
         other = other._replace(qemu=other.qemu._replace(fresh=False))
-    if other.disk and not qemu.mirrors:
+    if other.disk and not qemu.mirrors and not world.shared:
         other = other._replace(disk="stale")
     return world.at(1 - index, other)

@@ -56,7 +56,7 @@ def vm(*, disks: int = 1, epoch: int = 0, name: str = "web01") -> Vm:
     )
 
 
-def inventory(host: str, *, octet: int = 1, running: Vm | None = None) -> Inventory:
+def inventory(host: str, *, octet: int = 1, running: Vm | None = None, used_bytes: int = 128 * MIB) -> Inventory:
     """A host with room for everything; `running` is the VM that it is asked about as the source."""
     facts_of_vm = None
     if running is not None:
@@ -64,7 +64,7 @@ def inventory(host: str, *, octet: int = 1, running: Vm | None = None) -> Invent
             running=True,
             qemu_version=QEMU.version,
             accel=Accel.TCG,
-            memory_used_bytes=128 * MIB,
+            memory_used_bytes=used_bytes,
             dirty_bytes_per_s=1e6,
             blockers=(),
             disk_used_bytes={one.name: GIB for one in running.disks},
@@ -96,6 +96,7 @@ def source_state(  # one example with every knob that a test turns
     rule: Rule | None = None,
     timeouts: Timeouts | None = None,
     volatile_id: str = "volatile-1",
+    used_bytes: int = 128 * MIB,
 ) -> SourceState:
     """A source that has not begun."""
     request = MoveRequest(vm=moving.name, target=target, include_storage=True)
@@ -107,9 +108,9 @@ def source_state(  # one example with every knob that a test turns
         request=request,
         rule=rule or Rule(),
         timeouts=timeouts or Timeouts(),
-        inventory=inventory(source, octet=1 if source == "host1" else 2, running=moving),
+        inventory=inventory(source, octet=1 if source == "host1" else 2, running=moving, used_bytes=used_bytes),
         psk_hex="00" * 32,
-        hold=SourceHold(epoch=moving.epoch + 1),
+        hold=SourceHold(epoch=moving.epoch + 1, announced=False),
         started_wall_s=1e9,
         volatile_id=volatile_id,
     )

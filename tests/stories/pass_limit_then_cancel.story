@@ -31,7 +31,7 @@ source hears Ready
 
 source pass-started number=1 remaining_bytes=67108864 total_bytes=67108864
 ----
-memory/holds: timer idle 60 s
+memory/holds: journal on disk, timer idle 60 s
 
 source pass-started number=2 remaining_bytes=60000000 at_ms=1000
 ----

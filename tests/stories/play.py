@@ -2,7 +2,7 @@
 
 A story is a text file of paragraphs: a command, `----`, what came of it. The commands:
 
-    begin [disks=N] [passes=N]         a source that has not begun
+    begin [disks=N] [passes=N] [used=BYTES]     a source that has not begun, with so much memory to send
     source FACT [key=value ...]        the source learns of a fact (kvmhv/core/facts.py); started, peer-connected, ...
     target FACT [key=value ...]
     source hears MESSAGE [key=value]   a message is said to it, by whoever says it
@@ -67,7 +67,8 @@ class Story:
     def _begin(self, words: list[str], named: dict[str, str]) -> Iterator[str]:
         moving = examples.vm(disks=int(named.get("disks", "1")))
         rule = Rule(max_passes=int(named.get("passes", "10")))
-        self.sides["source"] = examples.source_state(moving, rule=rule)
+        used_bytes = int(named.get("used", "128000000"))
+        self.sides["source"] = examples.source_state(moving, rule=rule, used_bytes=used_bytes)
         yield f"source {self._where('source')}"
 
     def _source(self, words: list[str], named: dict[str, str]) -> Iterator[str]:

@@ -35,7 +35,7 @@ memory/holds: journal on disk, timer step 43200 s, timer idle 60 s, SendMemory
 
 source pass-started number=1 remaining_bytes=67108864 total_bytes=67108864
 ----
-memory/holds: timer idle 60 s
+memory/holds: journal on disk, timer idle 60 s
 
 source pass-started number=2 remaining_bytes=1000 at_ms=90
 ----
