@@ -136,7 +136,7 @@ def test_findings_end_it_all_at_once() -> None:
 
 
 def test_kernel_files_go_before_the_target_makes_ready() -> None:
-    moving = msgspec.structs.replace(examples.vm(), kernel=DirectKernel(kernel_sha256="0", kernel_bytes=1))
+    moving = msgspec.structs.replace(examples.vm(), kernel=DirectKernel(kernel_sha256="0" * 64, kernel_bytes=1))
     driven = at(S.OFFERING, moving).hears(FilesWanted())
     assert driven.kinds() == [ef.SendFiles]
     assert driven.told(facts.FilesUploaded(at_ms=1)).said() == [FilesSent()]

@@ -42,7 +42,7 @@ class Driven:
     def __init__(self, *, disks: int = 1, kernel: bool = False) -> None:
         moving = examples.vm(disks=disks)
         if kernel:
-            moving = msgspec.structs.replace(moving, kernel=DirectKernel(kernel_sha256="0", kernel_bytes=1))
+            moving = msgspec.structs.replace(moving, kernel=DirectKernel(kernel_sha256="0" * 64, kernel_bytes=1))
         leaving = at(S.OFFERING, moving).state
         self.state: TargetState = examples.target_state(leaving, leaving.offer())
         self.effects: list[Effect] = []

@@ -82,7 +82,7 @@ class World:
     def _vm(self) -> Vm:
         moving = examples.vm()
         if self.kernel.rng.random() < 0.3:
-            moving = msgspec.structs.replace(moving, kernel=DirectKernel(kernel_sha256="0", kernel_bytes=1))
+            moving = msgspec.structs.replace(moving, kernel=DirectKernel(kernel_sha256="0" * 64, kernel_bytes=1))
         return msgspec.structs.replace(moving, memory_bytes=self.kernel.rng.choice((64, 256)) * MIB)
 
     # --- what the hosts ask of it
