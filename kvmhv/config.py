@@ -39,6 +39,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     qmp_timeout_s: Wait = 20.0
     """A QMP command that QEMU answers at once unless it hangs."""
     qemu_start_s: Wait = 30.0
+    io_stall_s: Wait = 10.0
+    """A disk that answers nothing for so long while the guest waits for it is told of."""
     stop_grace_s: Wait = 60.0
     """ACPI power button until force, in `vm stop`."""
 

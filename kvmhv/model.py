@@ -660,6 +660,26 @@ class VmSummary(Struct, frozen=True, kw_only=True):
     cpus: int
 
 
+class DiskIo(Struct, frozen=True, kw_only=True):
+    """How far the guest's requests to a disk are, at one moment."""
+
+    answered: int
+    """Counts up with each answer; what it begins with means nothing."""
+    waits: bool
+    """At least one request is not answered yet."""
+
+
+class IoStall(Struct, frozen=True, kw_only=True):
+    """A disk that answers nothing while the guest waits for it: its storage is away, or far too slow."""
+
+    disk: str
+    place: str
+    """`location/path` of its top layer."""
+    since: float
+    """UNIX time, for people: since then at least."""
+    seconds: float
+
+
 class VmDetails(Struct, frozen=True, kw_only=True):
     """`vm show`: the definition, and what runs of it here."""
 
@@ -675,6 +695,7 @@ class VmDetails(Struct, frozen=True, kw_only=True):
     console: str | None
     """UNIX socket of its serial console on the host."""
     exit_reason: str | None = None
+    io_stalled: tuple[IoStall, ...] = ()
 
 
 class DiskSpec(Struct, frozen=True, kw_only=True):

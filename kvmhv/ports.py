@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kvmhv.model import (
     Accel,
+    DiskIo,
     IncomingAddress,
     Layer,
     Location,
@@ -131,6 +132,10 @@ class Hypervisor(Protocol):
 
     async def cont(self, vm_id: str) -> float:
         """Let the guest run; returns the agent's monotonic ms at which QEMU's RESUME arrived. No error if it runs."""
+        ...
+
+    async def disk_io(self, vm: Vm) -> dict[str, DiskIo]:
+        """Look how far the guest's requests to each disk are; also while its storage is away. Raises HostError."""
         ...
 
     def on_event(self, sink: EventSink) -> None:

@@ -12,6 +12,7 @@ from kvmhv.model import (
     Estimate,
     Finding,
     HostSettings,
+    IoStall,
     Mode,
     MoveReport,
     Outcome,
@@ -20,6 +21,7 @@ from kvmhv.model import (
     PhaseTime,
     Severity,
     Switchover,
+    Vm,
     VmState,
     VmSummary,
 )
@@ -206,6 +208,15 @@ def test_vms_by_state() -> None:
     seen = samples(Metrics("1", "h"), vms=(vm, crashed))
     assert (seen["kvmhv_vms state=running"], seen["kvmhv_vms state=crashed"]) == (1, 1)
     assert seen["kvmhv_vms state=stopped"] == 0
+
+
+def test_a_disk_that_stands_still_has_a_series_while_it_does() -> None:
+    metrics = Metrics("1", "h")
+    vm = Vm(id="i", name="web01", memory_bytes=1, cpus=1)
+    stall = IoStall(disk="disk0", place="smb/web01/disk0.raw", since=1.0, seconds=34.5)
+    snapshot = Snapshot(vms=(), moves=(), settings=HostSettings(), stalls=((vm, stall),))
+    assert 'kvmhv_vm_io_stalled_seconds{disk="disk0",vm="web01"} 34.5' in metrics.render(snapshot).decode()
+    assert "kvmhv_vm_io_stalled_seconds{" not in metrics.render(msgspec.structs.replace(snapshot, stalls=())).decode()
 
 
 def test_refused_connections_by_cause() -> None:

@@ -18,6 +18,7 @@ from kvmhv.agent.doctor import Doctor
 from kvmhv.agent.events import Events
 from kvmhv.agent.images import Images
 from kvmhv.agent.inventory import Inventories
+from kvmhv.agent.io_watch import IoWatch
 from kvmhv.agent.locations import Locations
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.moves import Moves
@@ -58,7 +59,7 @@ class Agent:
         self._tasks: list[asyncio.Task[None]] = []
         self._database, self._metrics, self._qemu = ground.database, ground.metrics, ground.qemu
         peer, trust, disks = ground.trusting.peer, ground.trusting.trust, ground.disks
-        self._locations = Locations(config, ground.host_id, ground.database, disks)
+        self._locations = Locations(config, ground.host_id, ground.database, disks, ground.log_of_events.add)
         images = Images(config, ground.database, disks)
         self._owners = Owners(config.name, ground.host_id, disks)
         self._sharing = Sharing(disks)
@@ -92,6 +93,14 @@ class Agent:
             log_of_events=ground.log_of_events,
         )
         self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving)
+        self._io_watch = IoWatch(
+            ground.qemu,
+            ground.clock,
+            ground.log_of_events,
+            config.limits.io_stall_s,
+            vms=self._vms.defined,
+            moves=self._open_moves.reports,
+        )
         self._other_hosts = OtherHosts(trust, peer)
         self._listener = Listener(self._services(ground, images, moves))
 
@@ -130,6 +139,7 @@ class Agent:
             images=images,
             locations=self._locations,
             vm_states=self._vm_states,
+            io_watch=self._io_watch,
             events=ground.log_of_events,
             moves=moves,
             running_moves=self._open_moves.reports,
@@ -143,7 +153,7 @@ class Agent:
         await self._open_moves.recover()
         await self._vms.recover()
         await self._listener.start()
-        work = (self._metrics.watch_loop_lag(), self._vm_states.watch(), self._probe())
+        work = (self._metrics.watch_loop_lag(), self._vm_states.watch(), self._io_watch.watch(), self._probe())
         self._tasks = [asyncio.create_task(one) for one in work]
         log.info("agent ready", host=self._config.name, listen=self._config.listen, version=kvmhv.__version__)
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from kvmhv.errors import KvmhvError
-from kvmhv.model import Asked, Event, MoveReport, Outcome, Phase
+from kvmhv.model import Asked, Event, IoStall, MoveReport, Outcome, Phase, Vm
 from kvmhv.ports import Clock, Records
 
 KIND = "events"
@@ -82,6 +82,33 @@ class Events:
                 yield event
             if reached >= self._number or not self._events:
                 await fresh.wait()
+
+
+def io_stalled(vm: Vm, stall: IoStall) -> Event:
+    """Return the event of a disk that answers nothing."""
+    text = f"{stall.disk} of {vm.name} ({stall.place}) has answered nothing for {stall.seconds:.0f} s: the VM waits"
+    return _of_vm("io-stalled", vm.name, text)
+
+
+def io_goes_on(vm: Vm, stall: IoStall) -> Event:
+    """Return the event of a disk that answers again."""
+    text = f"{stall.disk} of {vm.name} ({stall.place}) answers again, after {stall.seconds:.0f} s"
+    return _of_vm("io-goes-on", vm.name, text)
+
+
+def location_silent(name: str, vms: tuple[str, ...]) -> Event:
+    """Return the event of a location whose server does not answer."""
+    waiting = f"; VMs on it wait: {', '.join(vms)}" if vms else ""
+    return _of_vm("location-silent", None, f"location {name} does not answer{waiting}")
+
+
+def location_answers(name: str) -> Event:
+    """Return the event of a location that answers again."""
+    return _of_vm("location-answers", None, f"location {name} answers again")
+
+
+def _of_vm(kind: str, vm: str | None, text: str) -> Event:
+    return Event(number=0, at=0, host="", kind=kind, text=text, vm=vm)
 
 
 def _draft(kind: str, report: MoveReport, text: str, hyperv: int | None = None) -> Event:

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from kvmhv.agent import events
 from kvmhv.agent.vm_records import VmRecords
 from kvmhv.config import Config
 from kvmhv.core.vm_spec import check_name
@@ -21,7 +22,7 @@ from kvmhv.drivers.storage import mounts
 from kvmhv.drivers.storage.storage import Attached, Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume, LunVolume, NfsVolume, Volume
 from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
-from kvmhv.model import Access, Location, LocationKind, LocationReport, LocationSpec, Problem, Severity, Vm
+from kvmhv.model import Access, Event, Location, LocationKind, LocationReport, LocationSpec, Problem, Severity, Vm
 from kvmhv.places import Lun
 from kvmhv.ports import Records
 
@@ -41,12 +42,16 @@ PROBE = "kvmhv-check"
 class Locations:
     """Adds, shows, checks and removes locations; `storage` has those that can be used."""
 
-    def __init__(self, config: Config, host_id: str, records: Records, storage: Storage) -> None:
+    def __init__(
+        self, config: Config, host_id: str, records: Records, storage: Storage, tell: Callable[[Event], None]
+    ) -> None:
+        """`tell` keeps an event."""
         self._config = config
         self._host_id = host_id
         self._records = records
         self._vms = VmRecords(records)
         self._storage = storage
+        self._tell = tell
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._broken: dict[str, HostError] = {}
@@ -301,9 +306,11 @@ class Locations:
                     silent.add(location.name)
                     vms = self._report(None, location).vms
                     log.warning("location does not answer: VMs on it wait", location=location.name, vms=vms)
+                    self._tell(events.location_silent(location.name, vms))
                 elif not location.silent and location.name in silent:
                     silent.remove(location.name)
                     log.info("location answers again", location=location.name)
+                    self._tell(events.location_answers(location.name))
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)

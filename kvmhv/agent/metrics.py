@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Proce
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvmhv.model import HostSettings, MoveReport, Outcome, Phase, Struct, VmState, VmSummary
+from kvmhv.model import HostSettings, IoStall, MoveReport, Outcome, Phase, Struct, Vm, VmState, VmSummary
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -35,6 +35,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     settings: HostSettings
     running_since: Mapping[str, float] = msgspec.field(default_factory=dict)
     """By the VM's id: since when (UNIX time) its guest runs here."""
+    stalls: tuple[tuple[Vm, IoStall], ...] = ()
+    """Disks that answer nothing."""
 
 
 class Metrics:
@@ -161,6 +163,7 @@ class _Present(Collector):
         moves = self.snapshot.moves
         yield self._vms()
         yield self._running()
+        yield self._stalls()
         yield from self._slots()
         yield from _live(moves)
         yield from _estimates(moves)
@@ -184,6 +187,13 @@ class _Present(Collector):
         for vm in self.snapshot.vms:
             if vm.id in self.snapshot.running_since:
                 family.add_metric((vm.name, vm.id), self.snapshot.running_since[vm.id])
+        return family
+
+    def _stalls(self) -> Metric:
+        doc = "For how long a disk has answered nothing while its VM waits; only while it does."
+        family = GaugeMetricFamily("kvmhv_vm_io_stalled_seconds", doc, labels=("vm", "disk"))
+        for vm, stall in self.snapshot.stalls:
+            family.add_metric((vm.name, stall.disk), stall.seconds)
         return family
 
     def _slots(self) -> Iterator[Metric]:

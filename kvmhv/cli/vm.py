@@ -14,7 +14,7 @@ from kvmhv.cli.connection import Agent
 from kvmhv.cli.move import check, move_vm
 from kvmhv.cli.parameters import IMAGE, NEW, VM, DiskText, Size
 from kvmhv.cli.session import Session, json_option
-from kvmhv.model import CPUS_MAX, Disk, DiskSpec, Nic, VmDetails, VmSpec, VmSummary
+from kvmhv.model import CPUS_MAX, Disk, DiskSpec, IoStall, Nic, VmDetails, VmSpec, VmSummary
 
 CREATE_TIMEOUT_S = 3600.0
 """Disks made of images are copied before the answer comes."""
@@ -200,6 +200,7 @@ def _draw(details: VmDetails) -> None:
             ("started", output.time_text(details.started_at)),
             ("move", details.move),
             ("console", details.console),
+            *(("waits", _stall_text(stall)) for stall in details.io_stalled),
         ]
     )
     if it.disks:
@@ -208,6 +209,11 @@ def _draw(details: VmDetails) -> None:
     if it.nics:
         output.say("")
         output.table(("card", "switch", "mac"), [_nic_row(nic) for nic in it.nics])
+
+
+def _stall_text(stall: IoStall) -> str:
+    since = output.time_text(stall.since)
+    return f"{stall.disk} ({stall.place}) has answered nothing for {stall.seconds:.0f} s, since {since}"
 
 
 def _disk_row(disk: Disk) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ from kvmhv.agent.api.other_hosts import OtherHosts
 from kvmhv.agent.api.services import CheckReport, Services
 from kvmhv.agent.api.trusting import Trusting
 from kvmhv.agent.events import Events
+from kvmhv.agent.io_watch import IoWatch
 from kvmhv.agent.locations import Locations
 from kvmhv.agent.metrics import Metrics
 from kvmhv.agent.settings import Settings
@@ -300,6 +301,7 @@ def compose(config: Config) -> Host:
     outside: Any = Outside()
     vms, images, moves = Vms(), Images(), Moves()
     tokens = Tokens(database, clock, config.limits.tokens)
+    log_of_events = Events(database, clock, config.name)
     services = Services(
         config=config,
         settings=settings,
@@ -320,9 +322,10 @@ def compose(config: Config) -> Host:
         metrics=Metrics("0", config.name),
         vms=vms,
         images=images,
-        locations=Locations(config, "host-id", database, Storage(config)),
+        locations=Locations(config, "host-id", database, Storage(config), log_of_events.add),
         vm_states=vms,
-        events=Events(database, clock, config.name),
+        io_watch=IoWatch(outside, clock, log_of_events, 10.0, vms=lambda: (), moves=lambda: ()),
+        events=log_of_events,
         moves=moves,
         running_moves=lambda: tuple(moves.reports),
         recent_moves=lambda: (),

@@ -53,6 +53,7 @@ async def metrics(api: Services, call: Call) -> web.Response:
         moves=api.running_moves(),
         settings=api.settings.current,
         running_since=api.vm_states.running_since(),
+        stalls=api.io_watch.all(),
     )
     return web.Response(body=api.metrics.render(snapshot), headers={"Content-Type": CONTENT_TYPE})
 

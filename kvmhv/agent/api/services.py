@@ -20,6 +20,7 @@ from kvmhv.model import (
     DiskFormat,
     Finding,
     Image,
+    IoStall,
     LocationReport,
     LocationSpec,
     MoveReport,
@@ -27,6 +28,7 @@ from kvmhv.model import (
     Plan,
     Problem,
     Struct,
+    Vm,
     VmDetails,
     VmSpec,
     VmSummary,
@@ -177,6 +179,18 @@ class VmStates(Protocol):
         ...
 
 
+class IoWatch(Protocol):
+    """Disks that answer nothing while their guests wait."""
+
+    def of(self, vm_id: str) -> tuple[IoStall, ...]:
+        """Return those of a VM."""
+        ...
+
+    def all(self) -> tuple[tuple[Vm, IoStall], ...]:
+        """Return every one, with its VM."""
+        ...
+
+
 class Doctor(Protocol):
     """What on this host would keep VMs from running or moving."""
 
@@ -201,6 +215,7 @@ class Services:
     images: Images
     locations: Locations
     vm_states: VmStates
+    io_watch: IoWatch
     events: Events
     moves: Moves
     running_moves: RunningMoves

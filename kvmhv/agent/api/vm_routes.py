@@ -5,6 +5,7 @@ import contextlib
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 from aiohttp import WSMsgType, web
 from msgspec import Meta
 
@@ -43,7 +44,8 @@ async def create(api: Services, call: Call) -> VmDetails:
 
 async def show(api: Services, call: Call) -> VmDetails:
     """Answer GET /v1/vms/{name}."""
-    return await api.vms.show(call.path("name"))
+    details = await api.vms.show(call.path("name"))
+    return msgspec.structs.replace(details, io_stalled=api.io_watch.of(details.vm.id))
 
 
 async def remove(api: Services, call: Call) -> None:

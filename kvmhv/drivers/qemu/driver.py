@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import argv, blocks, keys, memory, page_sample, probe, process, rundir
+from kvmhv.drivers.qemu import argv, blocks, keys, memory, page_sample, probe, process, requests, rundir
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
@@ -18,7 +18,7 @@ from kvmhv.drivers.qemu.nodes import check_inactive, used_bytes
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import HostError
-from kvmhv.model import IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
+from kvmhv.model import DiskIo, IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
@@ -112,6 +112,10 @@ class Qemu:
     async def cont(self, vm_id: str) -> float:
         """Let the guest run; returns the monotonic ms at which QEMU's RESUME arrived."""
         return await (await self._instance(vm_id)).cont()
+
+    async def disk_io(self, vm: Vm) -> dict[str, DiskIo]:
+        """Look how far the guest's requests to each disk are; also while its storage is away."""
+        return await requests.look((await self._instance(vm.id)).qmp, vm)
 
     def on_event(self, sink: EventSink) -> None:
         """Every event of every VM's QEMU goes to `sink`, in order, from the event loop; it must return at once."""

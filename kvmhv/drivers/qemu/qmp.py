@@ -107,12 +107,14 @@ class Qmp:
         *,
         timeout_s: float | None = None,
         oob: bool = False,
+        logged: bool = True,
     ) -> Any:
-        """Run a command and return its answer.
+        """Run a command and return its answer; `logged`: what is asked again and again would fill the log.
 
         Raises QmpRefused with QEMU's words, QmpLost when there is no answer in time or the process has ended.
         """
-        self._log.write(">", {"execute": command, "arguments": arguments or {}})
+        if logged:
+            self._log.write(">", {"execute": command, "arguments": arguments or {}})
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         try:
             async with asyncio.timeout(limit_s):
@@ -129,13 +131,14 @@ class Qmp:
             await self._process.wait_gone(DYING_S)
             raise self._lost(command, f"connection lost: {error}") from error
         self._on_answer((self._now_ms() - begun_ms) / 1000)
-        self._log.write("<", {"return": answer, "of": command})
+        if logged:
+            self._log.write("<", {"return": answer, "of": command})
         return answer
 
-    async def together(self, *commands: Command, timeout_s: float | None = None) -> list[Any]:
+    async def together(self, *commands: Command, timeout_s: float | None = None, logged: bool = True) -> list[Any]:
         """Send several commands at once, in order; QEMU runs them in order. Raises the first one's error, if any."""
         answers = await asyncio.gather(
-            *(self.execute(name, arguments, timeout_s=timeout_s) for name, arguments in commands),
+            *(self.execute(name, arguments, timeout_s=timeout_s, logged=logged) for name, arguments in commands),
             return_exceptions=True,
         )
         for answer in answers:
