@@ -1,6 +1,7 @@
 """`kvmhv demo`: the lab's scenario on the terminal, and its report."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,6 +9,7 @@ import click
 from kvmhv.cli import output
 from kvmhv.cli.session import Session, json_option
 from kvmhv.config import parse_size
+from kvmhv.model import HostReport
 
 if TYPE_CHECKING:
     from kvmhv.lab.demo import DemoReport, MoveSeen
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 @click.option(
     "--format", "disk_format", type=click.Choice(["qcow2", "raw"]), default="qcow2", help="With --storage: the disk's."
 )
+@click.option("--to", "target", metavar="HOST", help="Between this host and that one, no lab: what a user would type.")
+@click.option("--location", default="", metavar="NAME", help="With --to: the disk lies there, only memory moves.")
+@click.option("--guest", type=click.Path(path_type=Path), help="With --to: the boot-sector guest's disk.")
 @json_option
 @click.pass_obj
 def demo(
@@ -38,11 +43,17 @@ def demo(
     rounds: int,
     storage: str | None,
     disk_format: str,
+    target: str | None,
+    location: str,
+    guest: Path | None,
 ) -> None:
     """Move a busy VM between two hosts on this machine, and back, with its disk; watched from a third host.
 
-    Makes what it needs (lab, guest) and leaves nothing running. Needs root.
+    Makes what it needs (lab, guest) and leaves nothing running. Needs root. With --to it runs between real hosts.
     """
+    if target is not None:
+        _between_hosts(session, target, location, guest)
+        return
     from kvmhv.lab.demo import Demo, Work  # noqa: PLC0415 - the lab is imported only when it is needed
 
     started = time.monotonic()
@@ -58,6 +69,20 @@ def demo(
         _show(report, work.dirty, time.monotonic() - started)
     if report.problems():
         raise click.exceptions.Exit(1)
+
+
+def _between_hosts(session: Session, target: str, location: str, guest: Path | None) -> None:
+    from kvmhv.lab.host_demo import GUEST, HostDemo  # noqa: PLC0415 - as above
+
+    reports = HostDemo(target, location, guest or GUEST, output.note).run()
+    if session.json:
+        output.emit(reports)
+    blackouts = ", ".join(f"{one['blackout_ms']:.0f} ms" for one in reports if one["blackout_ms"] is not None)
+    if any(one["outcome"] != "done" for one in reports):
+        raise click.exceptions.Exit(1)
+    output.note(f"there and back; blackouts: {blackouts}")
+    address = session.agent().call("GET", "host", HostReport).address
+    output.note(f"where to look: https://{address}/ (live page), https://{address}/metrics")
 
 
 def _show(report: "DemoReport", dirty: str, seconds: float) -> None:

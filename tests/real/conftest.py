@@ -66,6 +66,16 @@ def _lab_ground() -> None:
     """Refuse what cannot work, and remove the labs of test runs that were killed."""
     if os.geteuid() != 0:
         pytest.skip("hosts in namespaces need root")
+    _end_labs_of_the_dead()
+
+
+def pytest_unconfigure() -> None:
+    """End the labs of workers that did not come to it: an interrupted run ends them where they stand."""
+    if os.geteuid() == 0:
+        _end_labs_of_the_dead()
+
+
+def _end_labs_of_the_dead() -> None:
     for name in known_labs():
         found = _OWN_LABS.fullmatch(name)
         if found is not None and not Path(f"/proc/{found[1]}").exists():
