@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -278,20 +277,6 @@ def _kvmhv(*arguments: str, environment: dict[str, str] | None = None) -> subpro
         env=environment,
         timeout=60,
     )
-
-
-def _best_of(times: int, *arguments: str) -> float:
-    found = []
-    for _ in range(times):
-        begun = time.perf_counter()
-        _kvmhv(*arguments)
-        found.append(time.perf_counter() - begun)
-    return min(found)
-
-
-def test_help_answers_at_once() -> None:
-    assert _best_of(10, "--help") < 0.3
-    assert _best_of(10, "vm", "move", "--help") < 0.3
 
 
 def test_nothing_slow_is_imported_before_it_is_needed() -> None:
