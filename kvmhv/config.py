@@ -97,6 +97,9 @@ PROFILES: dict[str, int] = {"hyperv": 10, "hyperv-2012r2": 5}
 
 PERFORMANCE_OPTIONS = ("tcpip", "compression")
 
+ON_OVERRUN = ("cancel", "throttle", "accept")
+"""What can happen to a move whose blackout would be over its limit."""
+
 
 def load(path: Path | None) -> Config:
     """Read and check the configuration file; None gives the defaults.
@@ -185,6 +188,8 @@ def change_settings(settings: HostSettings, changes: dict[str, str]) -> HostSett
             raise ValueError(f"migration.profile: one of {', '.join(PROFILES)}")
         if changed.performance not in PERFORMANCE_OPTIONS:
             raise ValueError(f"migration.performance: one of {', '.join(PERFORMANCE_OPTIONS)}")
+        if changed.on_overrun not in ON_OVERRUN:
+            raise ValueError(f"migration.on_overrun: one of {', '.join(ON_OVERRUN)}")
     except (msgspec.ValidationError, ValueError) as error:
         text = str(error).replace("$.", "migration.")
         raise CallerError("setting-invalid", text, "docs/manual.md says which values a setting may have") from error

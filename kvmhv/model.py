@@ -367,6 +367,10 @@ class Rule(Struct, frozen=True, kw_only=True):
     """0: as fast as the network takes it."""
     performance: str = "tcpip"
     """Hyper-V's performance option."""
+    blackout_limit_ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 0
+    """How long the blackout may be, as it is predicted before the guest is stopped; 0: no limit."""
+    on_overrun: str = "cancel"
+    """What happens when it would be longer: `cancel` the move, `throttle` the guest until it fits, `accept` it."""
 
 
 class PageSample(Struct, frozen=True, kw_only=True):
@@ -417,6 +421,8 @@ class HostSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     profile: str = "hyperv"
     threshold_bytes: Bytes = Rule().threshold_bytes
     bandwidth_bytes_per_s: Bytes = 0
+    blackout_limit_ms: Annotated[int, Meta(ge=0, le=3_600_000)] = 0
+    on_overrun: str = Rule().on_overrun
 
 
 class MoveRequest(Struct, frozen=True, kw_only=True):
@@ -430,6 +436,8 @@ class MoveRequest(Struct, frozen=True, kw_only=True):
     threshold_bytes: Bytes | None = None
     bandwidth_bytes_per_s: Bytes | None = None
     performance: str | None = None
+    blackout_limit_ms: Annotated[int, Meta(ge=0, le=3_600_000)] | None = None
+    on_overrun: str | None = None
 
 
 class DiskCopy(Struct, frozen=True, kw_only=True):
@@ -508,9 +516,11 @@ class Switchover(Struct, frozen=True, kw_only=True):
     """Why the guest was stopped, and after how many complete passes."""
 
     reason: str
-    """`threshold` or `pass-limit`."""
+    """`threshold`, `pass-limit`, or `blackout-limit`: it keeps to the limit, and more passes would not shorten it."""
     pass_number: int = msgspec.field(name="pass")
     remaining_bytes: int = 0
+    predicted_ms: float | None = None
+    """How long the blackout was expected to be when the guest was stopped."""
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -625,6 +635,10 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """How fast the guest dirties memory, by the last complete pass."""
     blackout_steps: tuple[BlackoutStep, ...] = ()
     """The blackout in detail, in the order in which it happened."""
+    blackout_limit_ms: int = 0
+    """How long it may last; 0: no limit."""
+    throttle_percent: int = 0
+    """How far the guest's CPUs were slowed down to keep to it."""
     network_gap_ms: float | None = None
     """From the moment the source is told to stop to the first frame of the guest that the target's switch sees."""
     asked: Asked | None = None

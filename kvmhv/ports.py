@@ -63,6 +63,7 @@ class MemoryStats(Struct, frozen=True, kw_only=True):
     dirty_bytes_per_s: float = 0.0
     throughput_bytes_per_s: float = 0.0
     dirty_sync_count: int = 0
+    throttle_percent: int = 0
     error: str = ""
     sampled_dirty_bytes_per_s: float | None = None
     """By a sample of pages that was taken beside the first pass; None until there is one."""
@@ -206,6 +207,10 @@ class Hypervisor(Protocol):
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
         """Return query-migrate; status `lost` when QMP does not answer in time."""
+        ...
+
+    async def throttle(self, vm_id: str) -> None:
+        """Let QEMU slow the guest's CPUs down, more with each pass, until the migration ends."""
         ...
 
     async def stop_guest(self, vm_id: str) -> None:

@@ -117,6 +117,8 @@ def test_a_move_in_plain_lines(agent: ScriptedAgent, run: Run) -> None:
         "threshold_bytes": 1024**2,
         "bandwidth_bytes_per_s": 1_000_000,
         "performance": None,
+        "blackout_limit_ms": None,
+        "on_overrun": None,
     }
     for text in ("phase memory\npass 1: sent 1 MiB", "blackout    41.5 ms (± 1.5 ms)", "threshold, after pass 1"):
         assert text in out

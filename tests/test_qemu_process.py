@@ -20,6 +20,7 @@ import socket, sys
 connection = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
 print("connected", flush=True)
 print(len(connection.recv(1)), flush=True)
+print(connection.getsockopt(socket.IPPROTO_TCP, 25), flush=True)
 """
 
 
@@ -106,7 +107,9 @@ async def test_a_connection_is_cut_from_outside(tmp_path: Path) -> None:
             assert child.cut("127.0.0.2", (port,)) == 0
             assert child.cut("127.0.0.1", (port + 1,)) == 0
             assert not child.gone
+            assert child.keep_queues_short("127.0.0.2", (port,)) == 0
+            assert child.keep_queues_short("127.0.0.1", (port,)) == 1
             assert child.cut("127.0.0.1", (port + 1, port)) == 1
             assert await child.wait_gone(10)
     assert child.exit_status == 0
-    assert (tmp_path / "log").read_text() == "connected\n0\n"
+    assert (tmp_path / "log").read_text() == f"connected\n0\n{process.UNSENT_MAX_BYTES}\n"

@@ -3,9 +3,10 @@
 import msgspec
 import pytest
 
-from kvmhv.agent.settings import KEY, KIND, Settings
+from kvmhv.agent.settings import KEY, KIND, Settings, rule_of
 from kvmhv.config import Config
 from kvmhv.errors import CallerError
+from kvmhv.model import MoveRequest
 
 
 class Records:
@@ -63,3 +64,17 @@ def test_settings_that_a_newer_version_wrote_are_read() -> None:
     records.put(KIND, KEY, msgspec.json.encode({"enabled": True, "moves_out": 5, "warp": 9}))
     settings = Settings(records, Config(name="h"))
     assert (settings.current.enabled, settings.current.moves_out, settings.current.moves_in) == (True, 5, 2)
+
+
+def test_what_happens_over_a_limit_wants_a_limit() -> None:
+    settings = Settings(Records(), Config(name="h"))
+    asked = MoveRequest(vm="web01", target="b", on_overrun="throttle")
+    with pytest.raises(CallerError, match="no limit"):
+        rule_of(settings.current, asked)
+    settings.change({"migration.blackout_limit_ms": "300"})
+    rule = rule_of(settings.current, asked)
+    assert (rule.blackout_limit_ms, rule.on_overrun) == (300, "throttle")
+    with pytest.raises(CallerError, match="'wish'"):
+        rule_of(settings.current, MoveRequest(vm="web01", target="b", on_overrun="wish"))
+    with pytest.raises(CallerError):
+        settings.change({"migration.on_overrun": "wish"})

@@ -30,7 +30,7 @@ from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState, TargetStep
 from kvmhv.errors import CallerError, KvmhvError, MoveFailed, PeerBroke, Refused
 from kvmhv.messages import Answer, Enquire, Offer, Proof
-from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Refusal, Severity, Vm
+from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Refusal, Rule, Severity, Vm
 from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
@@ -89,8 +89,8 @@ class Moves:
         if any(finding.severity is Severity.ERROR for finding in findings):
             return CheckReport(findings=findings)
         rule = rule_of(self._settings.current, request)
-        past = self._journal.reports()
-        rates = past_moves.throughput(past, request.target), past_moves.link(past, request.target)
+        past = self._experience(vm, request, rule)
+        rates = past.throughput_bytes_per_s, past.link_bytes_per_s
         made = plan.make(vm, request, rule, self._config.timeouts, here, there, *rates)
         return CheckReport(findings=findings, plan=made)
 
@@ -112,7 +112,7 @@ class Moves:
         vm = self._checked_vm(request)
         request = with_option(self._settings.current, request)
         rule = rule_of(self._settings.current, request)
-        past = self._journal.reports()
+        past = self._experience(vm, request, rule)
         refusal = self._admit_out(vm, request)
         if refusal is not None:
             raise _as_error(refusal)
@@ -132,8 +132,9 @@ class Moves:
                 hold=SourceHold(epoch=vm.epoch + 1, announced=False),
                 started_wall_s=self._clock.wall_s(),
                 volatile_id=self._journal.volatile_id,
-                throughput_bytes_per_s=past_moves.throughput(past, request.target),
-                link_bytes_per_s=past_moves.link(past, request.target),
+                throughput_bytes_per_s=past.throughput_bytes_per_s,
+                link_bytes_per_s=past.link_bytes_per_s,
+                fixed_blackout_ms=past.fixed_blackout_ms,
                 asked=asked,
             )
             inventory = await self._proven(state.inventory, vm, request)
@@ -328,6 +329,10 @@ class Moves:
             raise CallerError("move-to-itself", text, "name another host", host=self._config.name)
         self._peer.trusted(request.target)
         return vm
+
+    def _experience(self, vm: Vm, request: MoveRequest, rule: Rule) -> past_moves.Experience:
+        disks = request.include_storage and bool(vm.disks)
+        return past_moves.experience(self._journal.reports(), request.target, disks=disks, rule=rule)
 
     def _admit_out(self, vm: Vm, request: MoveRequest) -> Refusal | None:
         with_storage = request.include_storage and bool(vm.disks)

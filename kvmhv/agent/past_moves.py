@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 import structlog
 
-from kvmhv.model import MoveReport, Outcome
+from kvmhv.core import blackout
+from kvmhv.model import MoveReport, Outcome, Rule, Struct
 
 log = structlog.get_logger(__name__)
 
 LOOKED_AT = 20
-"""So many of the newest moves say what the link can do."""
+"""So many of the newest moves there are asked."""
 
 
 def read(reports: Iterable[bytes]) -> Iterator[MoveReport]:
@@ -22,19 +23,43 @@ def read(reports: Iterable[bytes]) -> Iterator[MoveReport]:
             log.warning("the report of an ended move cannot be read", error=str(error))
 
 
-def throughput(reports: Sequence[bytes], target: str) -> float | None:
-    """Return what the last move there without a limit reached, in bytes per second."""
-    return next(_rates(reports, target), None)
+class Experience(Struct, frozen=True, kw_only=True):
+    """What the moves to one host came to; None where none of them can tell."""
+
+    throughput_bytes_per_s: float | None = None
+    """What the last one without a limit reached."""
+    link_bytes_per_s: float | None = None
+    """The most that one of them reached: the link can do that, whatever held the others up."""
+    fixed_blackout_ms: float | None = None
+    """What a blackout takes beyond its memory (core/blackout.py)."""
 
 
-def link(reports: Sequence[bytes], target: str) -> float | None:
-    """Return the most that one of the last moves there reached: the link can do that, whatever held the others up."""
-    return max(_rates(reports[-LOOKED_AT:], target), default=None)
+def experience(encoded: Sequence[bytes], target: str, *, disks: bool, rule: Rule) -> Experience:
+    """Return what the newest moves to `target` tell of one under this rule whose disks travel, or do not."""
+    found = _reports(encoded, target)
+    rates = [rate for rate in map(_rate, reversed(found)) if rate is not None]
+    return Experience(
+        throughput_bytes_per_s=rates[0] if rates else None,
+        link_bytes_per_s=max(rates, default=None),
+        fixed_blackout_ms=blackout.fixed_ms(found, disks=disks, performance=rule.performance),
+    )
 
 
-def _rates(reports: Sequence[bytes], target: str) -> Iterator[float]:
-    for report in read(reversed(reports)):
-        seconds = sum(one.seconds for one in report.passes)
-        limited = report.plan is not None and report.plan.rule.bandwidth_bytes_per_s
-        if report.target == target and report.outcome is Outcome.DONE and seconds > 0 and not limited:
-            yield sum(one.sent_bytes for one in report.passes) / seconds
+def _reports(encoded: Sequence[bytes], target: str) -> list[MoveReport]:
+    """Return the newest moves there, the newest last; what names another target is not even decoded."""
+    named = b'"target":' + msgspec.json.encode(target)
+    found: list[MoveReport] = []
+    for report in read(one for one in reversed(encoded) if named in one):
+        if report.target == target:
+            found.append(report)
+        if len(found) == LOOKED_AT:
+            break
+    return found[::-1]
+
+
+def _rate(report: MoveReport) -> float | None:
+    seconds = sum(one.seconds for one in report.passes)
+    limited = report.plan is not None and report.plan.rule.bandwidth_bytes_per_s
+    if report.outcome is not Outcome.DONE or seconds <= 0 or limited:
+        return None
+    return sum(one.sent_bytes for one in report.passes) / seconds

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from kvmhv.config import PERFORMANCE_OPTIONS, PROFILES, Config, change_settings
+from kvmhv.config import ON_OVERRUN, PERFORMANCE_OPTIONS, PROFILES, Config, change_settings
 from kvmhv.errors import CallerError
 from kvmhv.model import HostSettings, MoveRequest, Rule
 from kvmhv.ports import Records
@@ -56,14 +56,24 @@ def with_option(settings: HostSettings, request: MoveRequest) -> MoveRequest:
 
 
 def rule_of(settings: HostSettings, request: MoveRequest) -> Rule:
-    """Return the rule of a move: what was asked for, else the host's settings. CallerError `passes-invalid`."""
+    """Return the rule of a move: what was asked for, else the host's settings.
+
+    Raises CallerError `passes-invalid`, `overrun-invalid`.
+    """
     passes = PROFILES[settings.profile] if request.max_passes is None else request.max_passes
     if not 1 <= passes <= PASSES_MAX:
         raise CallerError("passes-invalid", f"{passes} passes", f"give 1 to {PASSES_MAX}")
     asked = request.bandwidth_bytes_per_s
+    limit_ms = settings.blackout_limit_ms if request.blackout_limit_ms is None else request.blackout_limit_ms
+    on_overrun = request.on_overrun or settings.on_overrun
+    if on_overrun not in ON_OVERRUN or (request.on_overrun and not limit_ms):
+        text = f"{on_overrun!r} for a blackout over its limit" + ("" if limit_ms else ", and there is no limit")
+        raise CallerError("overrun-invalid", text, f"give a blackout limit, and one of: {', '.join(ON_OVERRUN)}")
     return Rule(
         max_passes=passes,
         threshold_bytes=settings.threshold_bytes if request.threshold_bytes is None else request.threshold_bytes,
         bandwidth_bytes_per_s=settings.bandwidth_bytes_per_s if asked is None else asked,
         performance=request.performance or settings.performance,
+        blackout_limit_ms=limit_ms,
+        on_overrun=on_overrun,
     )

@@ -19,6 +19,7 @@ from kvmhv.core.effects import (
     SendFiles,
     SendMemory,
     StopGuest,
+    ThrottleGuest,
     UndoSource,
 )
 from kvmhv.core.source_state import SourceState, report
@@ -78,6 +79,8 @@ class SourceMachine:
                 return partial(self._mirror_disks, effect)
             case SendMemory():
                 return partial(self._send_memory, effect)
+            case ThrottleGuest():
+                return self._throttle_guest
             case StopGuest():
                 return self._stop_guest
             case FinishMirrors():
@@ -137,6 +140,9 @@ class SourceMachine:
                     sampled_dirty_bytes_per_s=stats.sampled_dirty_bytes_per_s,
                 )
             )
+
+    async def _throttle_guest(self) -> None:
+        await self._hypervisor.throttle(self._vm.id)
 
     async def _stop_guest(self) -> facts.Fact:
         self._polling = False  # nothing else talks to QEMU in the blackout
@@ -200,6 +206,7 @@ class SourceMachine:
             remaining_bytes=stats.remaining_bytes,
             total_bytes=stats.total_bytes,
             dirty_bytes_per_s=stats.dirty_bytes_per_s,
+            throttle_percent=stats.throttle_percent,
         )
 
     async def _migration_status(self, event: QemuEvent) -> facts.Fact | None:

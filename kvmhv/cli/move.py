@@ -15,7 +15,7 @@ from kvmhv.cli.parameters import HOST, MOVE, VM, Rate, Size
 from kvmhv.cli.progress import view
 from kvmhv.cli.session import Session, json_option
 from kvmhv.cli.watch import error_of, exit_status, request_cancel, until_end
-from kvmhv.config import PERFORMANCE_OPTIONS
+from kvmhv.config import ON_OVERRUN, PERFORMANCE_OPTIONS
 from kvmhv.errors import CallerError, Incompatible
 from kvmhv.model import ErrorBody, Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
 
@@ -76,6 +76,14 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
     type=click.Choice(PERFORMANCE_OPTIONS),
     help="How memory travels: plainly, or compressed where that is faster; default: the host's setting.",
 )
+@click.option(
+    "--blackout-limit", type=click.IntRange(0, 3_600_000), metavar="MS", help="How long the VM may stand still; 0: any."
+)
+@click.option(
+    "--on-overrun",
+    type=click.Choice(ON_OVERRUN),
+    help="When it would be longer: cancel the move, slow the guest's CPUs down until it fits, or go on all the same.",
+)
 @click.option("--no-wait", is_flag=True, help="Only start the move.")
 @click.option("--dry-run", is_flag=True, help="Show findings, plan and estimate; change nothing.")
 @json_option
@@ -90,6 +98,8 @@ def move_vm(
     threshold: int | None,
     bandwidth: int | None,
     performance: str | None,
+    blackout_limit: int | None,
+    on_overrun: str | None,
     no_wait: bool,
     dry_run: bool,
 ) -> int:
@@ -106,6 +116,8 @@ def move_vm(
         threshold_bytes=threshold,
         bandwidth_bytes_per_s=bandwidth,
         performance=performance,
+        blackout_limit_ms=blackout_limit,
+        on_overrun=on_overrun,
     )
     if dry_run:
         return _check(session, request, with_plan=True)

@@ -27,12 +27,14 @@ def draw_check(request: MoveRequest, findings: Sequence[Finding], plan: Plan | N
 def _draw_plan(request: MoveRequest, plan: Plan) -> None:
     rule = plan.rule
     rate = output.rate_text(rule.bandwidth_bytes_per_s) if rule.bandwidth_bytes_per_s else "as fast as it goes"
+    limit = f"{rule.blackout_limit_ms} ms at most, else {rule.on_overrun}" if rule.blackout_limit_ms else "any"
     output.say(f"\nplan for {request.vm} to {request.target} (nothing was changed)")
     output.pairs(
         [
             ("mode", plan.mode),
             ("way", f"{plan.source_address} to {plan.target_address}, {rate}"),
             ("switchover", f"at {output.size_text(rule.threshold_bytes)} or after pass {rule.max_passes}"),
+            ("blackout", limit),
             ("capabilities", ", ".join(plan.capabilities)),
             ("estimate", f"{output.seconds_text(plan.estimate_seconds)}, {output.size_text(plan.estimate_bytes)}"),
         ]
@@ -83,6 +85,11 @@ def _summary(report: MoveReport) -> list[tuple[str, object]]:
     if report.blackout_ms is not None:
         sure = report.blackout_uncertainty_ms
         rows.append(("blackout", f"{report.blackout_ms:.1f} ms" + (f" (± {sure:.1f} ms)" if sure is not None else "")))
+    if report.blackout_limit_ms:
+        seen = report.switchover.predicted_ms if report.switchover else None
+        told = "" if seen is None else f", {seen:.0f} ms predicted"
+        slowed = f", the guest's CPUs slowed by {report.throttle_percent} %" if report.throttle_percent else ""
+        rows.append(("blackout's limit", f"{report.blackout_limit_ms} ms{told}{slowed}"))
     if report.blackout_steps:
         rows.append(("blackout's steps", ", ".join(f"{one.name} {one.at_ms:.0f} ms" for one in report.blackout_steps)))
     if report.network_gap_ms is not None:

@@ -141,6 +141,8 @@ class PassStarted(Fact, frozen=True, kw_only=True):
     remaining_bytes: int
     total_bytes: int
     dirty_bytes_per_s: float
+    throttle_percent: int = 0
+    """How far QEMU slows the guest's CPUs down."""
 
 
 class GuestStopped(Fact, frozen=True, kw_only=True):

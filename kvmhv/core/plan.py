@@ -2,7 +2,7 @@
 
 import msgspec
 
-from kvmhv.core import addresses, checks, performance
+from kvmhv.core import addresses, blackout, checks, performance
 from kvmhv.model import (
     Channels,
     Disk,
@@ -61,7 +61,11 @@ def make(
         rule=rule,
         source_address=here.ip,
         target_address=there.ip,
-        capabilities=(*_capabilities(copies, source, target), *performance.capabilities(channels)),
+        capabilities=(
+            *_capabilities(copies, source, target),
+            *performance.capabilities(channels),
+            *blackout.capabilities(rule),
+        ),
         disk_copies=tuple(copies),
         target_vm=msgspec.structs.replace(vm, disks=tuple(disks), epoch=vm.epoch + 1),
         estimate_seconds=seconds,

@@ -4,11 +4,15 @@ QEMU says MIGRATION_PASS k at the start of pass k, when k - 1 passes are complet
 dirtied during the last one. The guest is stopped at that very moment, so "ten passes" means ten complete passes.
 """
 
+from collections.abc import Sequence
+
+from kvmhv.core import blackout
 from kvmhv.core.facts import PassStarted
 from kvmhv.model import Pass, Rule, Switchover
 
 THRESHOLD = "threshold"
 PASS_LIMIT = "pass-limit"  # noqa: S105 - a reason, not a password
+BLACKOUT_LIMIT = "blackout-limit"
 
 
 def complete_pass(begun: PassStarted, ended: PassStarted) -> Pass:
@@ -25,19 +29,28 @@ def complete_pass(begun: PassStarted, ended: PassStarted) -> Pass:
     )
 
 
-def decide(rule: Rule, started: PassStarted) -> Switchover | None:
+def decide(
+    rule: Rule, started: PassStarted, passes: Sequence[Pass] = (), predicted_ms: float | None = None
+) -> Switchover | None:
     """Return why the guest is stopped now, or None to go on.
 
-    The threshold goes first: at the pass limit with little left the reason is the threshold.
+    The threshold goes first: at the pass limit with little left the reason is the threshold. Whether the blackout keeps
+    to its limit is asked after that, by the caller.
     """
     complete = started.number - 1
     if complete < 1:
         return None
     if started.remaining_bytes <= rule.threshold_bytes:
-        return Switchover(reason=THRESHOLD, pass_number=complete, remaining_bytes=started.remaining_bytes)
-    if complete >= rule.max_passes:
-        return Switchover(reason=PASS_LIMIT, pass_number=complete, remaining_bytes=started.remaining_bytes)
-    return None
+        reason = THRESHOLD
+    elif complete >= rule.max_passes:
+        reason = PASS_LIMIT
+    elif blackout.settled(rule, passes, predicted_ms):
+        reason = BLACKOUT_LIMIT
+    else:
+        return None
+    return Switchover(
+        reason=reason, pass_number=complete, remaining_bytes=started.remaining_bytes, predicted_ms=predicted_ms
+    )
 
 
 def converged(complete_passes: int) -> Switchover:

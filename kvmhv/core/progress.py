@@ -8,11 +8,11 @@ The progress goes forward by that share of the rest which the time since the las
 cannot run backward, reaches the end when the move does, and a wrong judgement slows it down instead of stopping it.
 """
 
+from kvmhv.core import blackout
 from kvmhv.core.precopy import PASS_LIMIT, THRESHOLD
 from kvmhv.model import Estimate, Pass, Phase, Rule, Struct
 
-BLACKOUT_FIXED_S = 0.06
-"""Stop, device state, grant and run beside the last memory: what idle guests cost."""
+BLACKOUT_FIXED_S = blackout.FIXED_MS / 1000
 CLEANUP_S = 0.3
 MARGIN = 1.25
 """How much better or worse the rates of a steady guest become."""
@@ -56,6 +56,8 @@ class Standing(Struct, frozen=True, kw_only=True):
     """How many bytes of memory go in one byte on the wire."""
     expected_bytes_per_s: float = 0.0
     """What the last move there reached; 0: nobody knows."""
+    blackout_fixed_s: float = BLACKOUT_FIXED_S
+    """What the blackout takes beyond its memory."""
 
 
 def throughput_bytes_per_s(standing: Standing) -> float | None:
@@ -112,7 +114,7 @@ def is_near(standing: Standing) -> bool:
     if seen is None or throughput_bytes_per_s(standing) is None:
         fastest = FASTER * standing.expected_bytes_per_s or FAST_BYTES_PER_S
         return standing.used_bytes / min(fastest, standing.rule.bandwidth_bytes_per_s or fastest) <= NEAR_S / 2
-    return seen.seconds_likely - CLEANUP_S - BLACKOUT_FIXED_S <= NEAR_S
+    return seen.seconds_likely - CLEANUP_S - standing.blackout_fixed_s <= NEAR_S
 
 
 class _Play(Struct, frozen=True, kw_only=True):
@@ -137,7 +139,7 @@ def _play(standing: Standing, disk_rate: float, memory_rate: float, worse: float
         left, during_s = min(working_set, dirty * during_s), 0.0
         below = left <= rule.threshold_bytes
         if below or complete >= rule.max_passes:
-            blackout_s = BLACKOUT_FIXED_S + left / _last_rate(standing, rate)
+            blackout_s = standing.blackout_fixed_s + left / _last_rate(standing, rate)
             return _Play(
                 seconds=total_s + blackout_s + CLEANUP_S,
                 passes=complete,

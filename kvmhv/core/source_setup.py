@@ -1,6 +1,6 @@
 """The source before the blackout: the check, the offer, disks and memory going over while the guest runs."""
 
-from kvmhv.core import checks, facts, plan, precopy, progress, source_switchover, source_undo
+from kvmhv.core import blackout, checks, facts, plan, precopy, progress, source_switchover, source_undo
 from kvmhv.core.effects import (
     ClearTimer,
     Effect,
@@ -11,6 +11,7 @@ from kvmhv.core.effects import (
     SendMemory,
     SetTimer,
     StopGuest,
+    ThrottleGuest,
 )
 from kvmhv.core.source_state import (
     IDLE_TIMER,
@@ -24,7 +25,7 @@ from kvmhv.core.source_state import (
     with_progress,
 )
 from kvmhv.messages import Answer, FilesSent, Ready
-from kvmhv.model import ErrorBody, HostVersions, Inventory, Outcome, Phase, Severity
+from kvmhv.model import ErrorBody, HostVersions, Inventory, Outcome, Phase, Severity, Switchover
 
 
 def started(state: SourceState, fact: facts.Fact) -> Result:
@@ -160,7 +161,7 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
 
 
 def pass_started(state: SourceState, fact: facts.Fact) -> Result:
-    """Keep the pass that is complete, and pull the lever if the rule says so."""
+    """Keep the pass that is complete, and pull the lever if the rule says so and the blackout keeps to its limit."""
     assert isinstance(fact, facts.PassStarted)
     passes = state.passes
     if state.pass_begun is not None and fact.number > state.pass_begun.number:
@@ -171,12 +172,14 @@ def pass_started(state: SourceState, fact: facts.Fact) -> Result:
         pass_begun=fact,
         memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
         memory_remaining_bytes=fact.remaining_bytes,
+        throttle_percent=max(state.throttle_percent, fact.throttle_percent if state.throttled_ms is not None else 0),
     )
-    effects: list[Effect] = [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s)]
-    switchover = precopy.decide(state.rule, fact)
+    predicted_ms = _predicted_ms(state, fact.remaining_bytes)
+    switchover = precopy.decide(state.rule, fact, passes, predicted_ms)
     if switchover is None:
-        state, entry = _announce_when_near(with_progress(state, fact.at_ms), fact.at_ms)
-        return state, [*entry, *effects]
+        return _next_pass(state, fact.at_ms, [])
+    if blackout.exceeds(state.rule, predicted_ms) and state.rule.on_overrun != blackout.ACCEPT:
+        return _would_overrun(state, fact, switchover)
     state, entry = source_switchover.announce(state)
     state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False)
     return state, [*entry, StopGuest(), ClearTimer(name=IDLE_TIMER), *source_switchover.blackout_timer(state)]
@@ -185,3 +188,35 @@ def pass_started(state: SourceState, fact: facts.Fact) -> Result:
 def _announce_when_near(state: SourceState, at_ms: float) -> Result:
     """The switchover may come soon: announced now, its disk write delays nothing."""
     return source_switchover.announce(state) if progress.is_near(standing_of(state, at_ms)) else (state, [])
+
+
+def _predicted_ms(state: SourceState, remaining_bytes: int) -> float | None:
+    return blackout.predict_ms(
+        state.rule,
+        state.passes,
+        remaining_bytes,
+        fixed_ms=state.fixed_blackout_ms,
+        shrinks=state.planned().channels.ratio,
+        link_bytes_per_s=state.link_bytes_per_s,
+    )
+
+
+def _next_pass(state: SourceState, at_ms: float, effects: list[Effect]) -> Result:
+    state, entry = _announce_when_near(with_progress(state, at_ms), at_ms)
+    return state, [*entry, SetTimer(name=IDLE_TIMER, after_s=state.timeouts.memory_idle_s), *effects]
+
+
+def _would_overrun(state: SourceState, fact: facts.PassStarted, switchover: Switchover) -> Result:
+    """The blackout would be too long: slow the guest down where that was asked for and helps, or take the move back."""
+    rule, since_ms = state.rule, state.throttled_ms
+    throttled_s = 0.0 if since_ms is None else (fact.at_ms - since_ms) / 1000
+    helps = switchover.reason != precopy.THRESHOLD and not blackout.gives_up(rule, len(state.passes), throttled_s)
+    if rule.on_overrun == blackout.THROTTLE and helps:
+        if since_ms is not None:
+            return _next_pass(state, fact.at_ms, [])
+        return _next_pass(update(state, throttled_ms=fact.at_ms), fact.at_ms, [ThrottleGuest()])
+    assert switchover.predicted_ms is not None
+    error = blackout.over_limit(
+        rule, state.source, switchover.predicted_ms, fact.remaining_bytes, state.fixed_blackout_ms
+    )
+    return source_undo.undo(state, fact.at_ms, Outcome.FAILED, error)

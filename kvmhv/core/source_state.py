@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from kvmhv.core import first_frame, progress
+from kvmhv.core import blackout, first_frame, progress
 from kvmhv.core.effects import Effect, SetTimer
 from kvmhv.core.facts import Fact, PassStarted
 from kvmhv.core.handover import SourceHold
@@ -75,6 +75,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     """What earlier moves to this target reached, for the estimate."""
     link_bytes_per_s: float | None = None
     """The most that one of the last moves there reached, for the choice of channels."""
+    fixed_blackout_ms: float | None = None
+    """What earlier moves there took of a blackout beyond their memory."""
     asked: Asked | None = None
     versions: tuple[HostVersions, ...] = ()
 
@@ -102,6 +104,9 @@ class SourceState(Struct, frozen=True, kw_only=True):
     progress_ms: float | None = None
     """When it was noted."""
 
+    throttled_ms: float | None = None
+    """Since when the guest is slowed down."""
+    throttle_percent: int = 0
     switchover: Switchover | None = None
     guest_runs: bool = True
     """As far as this move stopped it."""
@@ -234,6 +239,8 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         dirty_bytes=state.pass_begun.remaining_bytes if state.pass_begun and state.passes else 0,
         dirty_bytes_per_s=progress.dirty_bytes_per_s(standing),
         blackout_steps=blackout_steps(state),
+        blackout_limit_ms=state.rule.blackout_limit_ms,
+        throttle_percent=state.throttle_percent,
         network_gap_ms=first_frame.network_gap_ms(blackout_ms, state.first_frame_after_ms),
         asked=state.asked,
         request=state.request,
@@ -282,6 +289,7 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
         pass_sent_bytes=max(0, state.memory_sent_bytes - begun.sent_bytes) if begun else 0,
         expected_dirty_bytes_per_s=state.sampled_dirty_bytes_per_s or dirty_before,
         expected_bytes_per_s=state.throughput_bytes_per_s or 0.0,
+        blackout_fixed_s=(blackout.FIXED_MS if state.fixed_blackout_ms is None else state.fixed_blackout_ms) / 1000,
         shrinks=state.plan.channels.ratio if state.plan else 1.0,
     )
 

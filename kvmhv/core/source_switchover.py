@@ -3,7 +3,7 @@
 No journal on disk and no round trip lies between the guest's stop here and its run at the target, but the grant itself.
 """
 
-from kvmhv.core import facts, handover, precopy
+from kvmhv.core import blackout, facts, handover, precopy
 from kvmhv.core.effects import (
     ClearTimer,
     ContinueSwitchover,
@@ -31,7 +31,7 @@ def announce(state: SourceState) -> Result:
 
 def blackout_timer(state: SourceState) -> list[Effect]:
     """Bound the blackout from the guest's stop to the end of the transfer."""
-    return [SetTimer(name=STEP_TIMER, after_s=state.timeouts.switchover_s)]
+    return [SetTimer(name=STEP_TIMER, after_s=blackout.timeout_s(state.rule, state.timeouts.switchover_s))]
 
 
 def guest_stopped(state: SourceState, fact: facts.Fact) -> Result:
@@ -228,5 +228,8 @@ def _cleanup_stuck(state: SourceState, why: str) -> Result:
 
 def _finish_done(state: SourceState, at_ms: float) -> Result:
     state = update(state, step=SourceStep.ENDED, outcome=Outcome.DONE, failure=None).end_phases(at_ms)
+    too_long = blackout.overrun(report(state, at_ms), state.rule)
+    if too_long is not None:
+        state = update(state, warnings=(*state.warnings, too_long))
     final = report(state, at_ms)
     return state, [Send(message=Finished(epoch=state.hold.epoch, report=final)), Finish(report=final)]

@@ -252,6 +252,7 @@ ACTS: dict[type[ef.Effect], Callable[["Runner", ef.Effect], Fact | None]] = {
     ef.SendFiles: _send_files,
     ef.MirrorDisks: _mirror_disks,
     ef.SendMemory: _send_memory,
+    ef.ThrottleGuest: lambda runner, effect: None,
     ef.StopGuest: _stop_guest,
     ef.FinishMirrors: _finish_mirrors,
     ef.ContinueSwitchover: _continue,

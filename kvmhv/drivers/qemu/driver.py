@@ -213,6 +213,7 @@ class Qemu:
         instance.remember_peer(plan.target_address, address)
         touched = await asyncio.to_thread(process.guest_memory_bytes, instance.process.pid, vm.memory_bytes)
         await memory.begin(instance.qmp, plan, address.memory_port, instance.cut, touched)
+        instance.process.keep_queues_short(plan.target_address, (address.memory_port,))
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
         """Return query-migrate; status `lost` when QMP does not answer in time."""
@@ -220,6 +221,10 @@ class Qemu:
         stats = await memory.stats(instance.qmp)
         sampled = await instance.dirty_sample.read(instance.qmp)
         return msgspec.structs.replace(stats, sampled_dirty_bytes_per_s=sampled)
+
+    async def throttle(self, vm_id: str) -> None:
+        """Let QEMU slow the guest's CPUs down, more with each pass, until the migration ends."""
+        await memory.throttle((await self._instance(vm_id)).qmp)
 
     async def stop_guest(self, vm_id: str) -> None:
         """Lift the bandwidth cap, then `stop`."""

@@ -26,6 +26,10 @@ SMALL_BYTES = 64 << 20
 MEASURING_SHARE = 8
 """Of a larger one no more than so much goes in the first window: little of what a guest touched is zero again."""
 MEASURED_S = 3.0
+AUTO_CONVERGE = "auto-converge"
+THROTTLE_STEP_PERCENT = 20
+THROTTLE_MAX_PERCENT = 99
+"""QEMU allows no more."""
 STATS_TIMEOUT_S = 3.0
 CANCEL_TIMEOUT_S = 1.0
 YANK_TIMEOUT_S = 2.0
@@ -117,6 +121,7 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touche
             "tls-creds": TLS_OBJECT,
             "tls-hostname": "",
             **channel_parameters(plan.channels),
+            **throttle_parameters(plan),
         },
     )
     await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}"})
@@ -135,6 +140,29 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touche
             break
         await asyncio.sleep(POLL_S)
     await qmp.execute("migrate-set-parameters", {"max-bandwidth": limit})
+
+
+def throttle_parameters(plan: Plan) -> dict[str, object]:
+    """Return the parameters with which QEMU may slow the guest down, but as good as does not before `throttle`.
+
+    The capability cannot be switched on while a migration runs.
+    """
+    if AUTO_CONVERGE not in plan.capabilities:
+        return {}
+    return {
+        "throttle-trigger-threshold": 1,
+        "cpu-throttle-initial": 1,
+        "cpu-throttle-increment": 1,
+        "max-cpu-throttle": 1,
+    }
+
+
+async def throttle(qmp: Qmp) -> None:
+    """Source: let QEMU slow the guest's CPUs down, by a step more after every other pass."""
+    await qmp.execute(
+        "migrate-set-parameters",
+        {"cpu-throttle-increment": THROTTLE_STEP_PERCENT, "max-cpu-throttle": THROTTLE_MAX_PERCENT},
+    )
 
 
 async def stop(qmp: Qmp) -> None:
@@ -161,6 +189,7 @@ async def stats(qmp: Qmp, timeout_s: float = STATS_TIMEOUT_S) -> MemoryStats:
         dirty_bytes_per_s=float(ram.get("dirty-pages-rate", 0) * page_bytes),
         throughput_bytes_per_s=ram.get("mbps", 0.0) * 1e6 / 8,
         dirty_sync_count=ram.get("dirty-sync-count", 0),
+        throttle_percent=answer.get("cpu-throttle-percentage", 0),
         error=answer.get("error-desc", ""),
     )
 

@@ -11,12 +11,18 @@ import ipaddress
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from kvmhv.errors import HostError
 
 PIDFD_GETFD = 438
 """The system call's number on every architecture (Linux 5.6); Python has no name for it."""
+
+TCP_NOTSENT_LOWAT = 25
+"""Linux' number of the option; Python has no name for it."""
+UNSENT_MAX_BYTES = 128 * 1024
+"""What a connection may hold that was not sent yet: no network of some Gbit/s waits for more."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -62,13 +68,28 @@ class Process:
         QEMU does a TLS handshake with a blocking socket in its main loop: a peer that says nothing then holds QMP and
         the guest, and QMP's own `yank` does not know that connection yet. No error for what cannot be looked into.
         """
+        return self._each_connection(ip, ports, lambda connection: connection.shutdown(socket.SHUT_RDWR))
+
+    def keep_queues_short(self, ip: str, ports: tuple[int, ...]) -> int:
+        """Let the process's connections to these ports of a host take only a little more than is under way.
+
+        What it has handed over is then nearly what the other side has: megabytes that wait in a socket's buffer are in
+        nobody's count of what remains, and a blackout has to wait for them. Returns how many connections there were.
+        """
+
+        def shorten(connection: socket.socket) -> None:
+            connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_MAX_BYTES)
+
+        return self._each_connection(ip, ports, shorten)
+
+    def _each_connection(self, ip: str, ports: tuple[int, ...], act: Callable[[socket.socket], None]) -> int:
         found = 0
         for number in _descriptors(self.pid):
             with contextlib.suppress(OSError), self._borrow(number) as connection:
                 if connection.type == socket.SOCK_STREAM and connection.family in {socket.AF_INET, socket.AF_INET6}:
                     peer = connection.getpeername()
                     if peer[1] in ports and ipaddress.ip_address(peer[0]) == ipaddress.ip_address(ip):
-                        connection.shutdown(socket.SHUT_RDWR)
+                        act(connection)
                         found += 1
         return found
 
