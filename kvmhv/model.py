@@ -112,6 +112,35 @@ class DirectKernel(Struct, frozen=True, kw_only=True):
     initrd_bytes: Bytes = 0
 
 
+class ProbeKind(enum.StrEnum):
+    """How a guest is asked whether it answers."""
+
+    PING = "ping"
+    TCP = "tcp"
+    HTTP = "http"
+
+
+class Probe(Struct, frozen=True, kw_only=True):
+    """How the gap that a guest's users see is measured: what is asked again and again while the guest is moved."""
+
+    kind: ProbeKind
+    address: str
+    """An IP address: no name service may stand between."""
+    port: int = 0
+    path: str = ""
+    """http: what to ask for."""
+
+    def __str__(self) -> str:
+        """As it is given to `vm set --probe`."""
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        match self.kind:
+            case ProbeKind.PING:
+                return f"ping:{self.address}"
+            case ProbeKind.TCP:
+                return f"tcp:{host}:{self.port}"
+        return f"http://{host}:{self.port}{self.path}"
+
+
 class Vm(Struct, frozen=True, kw_only=True):
     """A VM's whole definition: what the guest sees, and nothing that differs between hosts."""
 
@@ -127,6 +156,8 @@ class Vm(Struct, frozen=True, kw_only=True):
     kernel: DirectKernel | None = None
     epoch: Epoch = 0
     """Counts the VM's changes of host; a grant is for one epoch only."""
+    probe: Probe | None = None
+    """What its source asks while it moves."""
 
 
 class VmState(enum.StrEnum):
@@ -586,7 +617,8 @@ class BlackoutStep(Struct, frozen=True, kw_only=True):
     """One moment of the blackout, counted from when the guest was told to stop."""
 
     name: str
-    """`stopped`, `memory-sent`, `mirrors-ended`, `state-sent`, `loaded`, `granted`, `running`, `first-frame`."""
+    """`stopped`, `memory-sent`, `mirrors-ended`, `state-sent`, `loaded`, `granted`, `running`, `first-frame`,
+    `first-answer`."""
     host: str
     at_ms: float
 
@@ -641,6 +673,10 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """How far the guest's CPUs were slowed down to keep to it."""
     network_gap_ms: float | None = None
     """From the moment the source is told to stop to the first frame of the guest that the target's switch sees."""
+    answer_gap_ms: float | None = None
+    """From the moment the source is told to stop to the guest's first answer to its probe; None without a probe."""
+    wire_bytes: int | None = None
+    """What QEMU's connections carried both ways, by TCP's own count: with TLS and repeats, without TCP's headers."""
     asked: Asked | None = None
     request: MoveRequest | None = None
     versions: tuple[HostVersions, ...] = ()

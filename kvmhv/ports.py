@@ -16,6 +16,7 @@ from kvmhv.model import (
     Layer,
     Location,
     Plan,
+    Probe,
     QemuInfo,
     Struct,
     TrustedHost,
@@ -320,6 +321,37 @@ class Frames(Protocol):
 
     async def watch(self, taps: Mapping[str, str]) -> FrameWatch:
         """Begin to look at taps (name -> the guest's MAC on it). Raises HostError; then nothing is open."""
+        ...
+
+
+class FlowWatch(Protocol):
+    """The connections of one move, from the watch's opening on."""
+
+    async def carried_bytes(self) -> int | None:
+        """Return what they have carried so far, both ways; None if the kernel could not tell all of it."""
+        ...
+
+    def close(self) -> None:
+        """End it; may be repeated."""
+        ...
+
+
+class Flows(Protocol):
+    """What TCP connections carry. Implemented by drivers/flows."""
+
+    async def watch(self, ip: str, ports: tuple[int, ...]) -> FlowWatch:
+        """Begin to count the connections to these ports of a host. Raises HostError; then nothing is open."""
+        ...
+
+
+class Probes(Protocol):
+    """Questions to a guest, over the network as its users ask. Implemented by drivers/probes."""
+
+    async def first_answer_ms(self, probe: Probe, timeout_s: float) -> float | None:
+        """Ask again and again; return when the first answer to that came, on the host's monotonic clock.
+
+        None if none came in time. An answer to something that was asked before the call does not count.
+        """
         ...
 
 

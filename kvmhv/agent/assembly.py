@@ -36,10 +36,12 @@ from kvmhv.drivers.auth.invitations import Invitations
 from kvmhv.drivers.auth.tokens import Tokens
 from kvmhv.drivers.auth.trust import Trust
 from kvmhv.drivers.database import Database
+from kvmhv.drivers.flows import TcpFlows
 from kvmhv.drivers.frames import PacketFrames
 from kvmhv.drivers.host import HostClock
 from kvmhv.drivers.network import LinuxNetwork
 from kvmhv.drivers.peer import Peer
+from kvmhv.drivers.probes import NetworkProbes
 from kvmhv.drivers.qemu import Qemu
 from kvmhv.drivers.storage.storage import Storage
 from kvmhv.errors import HostError
@@ -73,6 +75,8 @@ class Agent:
             journal=journal,
             clock=ground.clock,
             frames=PacketFrames(ground.clock),
+            flows=TcpFlows(),
+            probes=NetworkProbes(ground.clock),
             chronicle=ground.chronicle,
         )
         self._locations.moving = self._open_moves.moving
@@ -136,6 +140,7 @@ class Agent:
             other_hosts=self._other_hosts,
             metrics=ground.metrics,
             vms=self._vms,
+            vm_settings=self._vms.settings,
             images=images,
             locations=self._locations,
             vm_states=self._vm_states,

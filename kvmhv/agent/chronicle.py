@@ -35,15 +35,26 @@ class Chronicle:
         found = events.move_ended(report)
         if report.direction == "in" and report.network_gap_ms is not None:
             found = (*found, events.network_gap(report))
+        if report.direction == "out" and report.answer_gap_ms is not None:
+            found = (*found, events.answer_gap(report))
         self._log.add(*found)
+
+    def answer_gap(self, report: MoveReport) -> None:
+        """Count and tell an answer to the probe that came when the move had ended."""
+        self._amend(report)
+        self._metrics.observe_answer_gap(report)
+        self._log.add(events.answer_gap(report))
 
     def network_gap(self, report: MoveReport) -> None:
         """Count and tell a first frame that came when the move had ended."""
+        self._amend(report)
+        self._metrics.observe_network_gap(report)
+        self._log.add(events.network_gap(report))
+
+    def _amend(self, report: MoveReport) -> None:
         for place, known in enumerate(self._recent):
             if (known.id, known.direction) == (report.id, report.direction):
                 self._recent[place] = report
-        self._metrics.observe_network_gap(report)
-        self._log.add(events.network_gap(report))
 
     def need_operator(self, report: MoveReport) -> None:
         """Tell that a move waits for somebody to decide; the same trouble again is no news."""

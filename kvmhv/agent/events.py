@@ -188,3 +188,10 @@ def network_gap(report: MoveReport) -> Event:
     assert report.network_gap_ms is not None
     text = f"the network gap of {report.vm} was {report.network_gap_ms / 1000:.3f} s"
     return _draft("network-gap", report, text)
+
+
+def answer_gap(report: MoveReport) -> Event:
+    """Return the event of the first answer to the VM's probe, which comes when the move may have ended."""
+    assert report.answer_gap_ms is not None
+    text = f"{report.vm} answered its probe again after {report.answer_gap_ms / 1000:.3f} s"
+    return _draft("answer-gap", report, text)

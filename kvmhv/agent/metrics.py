@@ -68,11 +68,18 @@ class Metrics:
         self._figures.count(report)
         if report.direction == "in":
             self.observe_network_gap(report)
+        else:
+            self.observe_answer_gap(report)
 
     def observe_network_gap(self, report: MoveReport) -> None:
         """Count a network gap: on the target, once, at the move's end or when it is known."""
         if report.network_gap_ms is not None:
             self._figures.network_gap_s.observe(report.network_gap_ms / 1000)
+
+    def observe_answer_gap(self, report: MoveReport) -> None:
+        """Count the gap to a probe's first answer: on the source, once, at the move's end or when it is known."""
+        if report.answer_gap_ms is not None:
+            self._figures.answer_gap_s.observe(report.answer_gap_ms / 1000)
 
     def peer_refused(self, cause: str) -> None:
         """Count a refused connection; `cause` is one of a few fixed words."""
@@ -123,12 +130,17 @@ class _Figures:
             "From the VM's stop to its first frame that the target's switch saw (counted by the target).",
             BLACKOUT_BUCKETS_S,
         )
+        self.answer_gap_s = histogram(
+            "answer_gap_seconds",
+            "From the VM's stop to its first answer to its probe (counted by the source; only VMs with a probe).",
+            BLACKOUT_BUCKETS_S,
+        )
         self._passes = histogram("passes", "Complete passes of pre-copy before the guest was stopped.", PASS_BUCKETS)
         self._migrations = counter("s", "Moves that ended.", "direction", "mode", "outcome", "reason")
         self._bytes = counter("_bytes", "Bytes that moves sent, however they ended.", "kind")
         self._switchovers = counter("_switchovers", "Why guests were stopped: threshold or pass-limit.", "reason")
         self._findings = counter("_findings", "Findings of the checks of moves.", "id")
-        for kind in ("memory", "disk"):
+        for kind in ("memory", "disk", "wire"):
             self._bytes.labels(kind)
 
     def count(self, report: MoveReport) -> None:
@@ -139,6 +151,7 @@ class _Figures:
             return
         self._bytes.labels("memory").inc(report.memory_bytes)
         self._bytes.labels("disk").inc(report.disk_bytes)
+        self._bytes.labels("wire").inc(report.wire_bytes or 0)
         for finding in report.findings:
             self._findings.labels(finding.id).inc()
         if report.switchover is not None:

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 import msgspec
 import structlog
 
+from kvmhv.agent.answer_gap import AnswerGap
 from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.link import Link
 from kvmhv.agent.network_gap import NetworkGap
@@ -19,7 +20,7 @@ from kvmhv.core.effects import Effect
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState
 from kvmhv.model import MoveReport, Outcome, Vm
-from kvmhv.ports import Clock, Frames, Hypervisor, Journal, Peer, QemuEvent
+from kvmhv.ports import Clock, Flows, Frames, Hypervisor, Journal, Peer, Probes, QemuEvent
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,8 @@ class OpenMoves:
         journal: Journal,
         clock: Clock,
         frames: Frames,
+        flows: Flows,
+        probes: Probes,
         chronicle: Chronicle,
     ) -> None:
         self._limit = config.limits.move_facts
@@ -51,9 +54,12 @@ class OpenMoves:
         self._journal = journal
         self._clock = clock
         self._frames = frames
+        self._flows = flows
+        self._probes = probes
         self._chronicle = chronicle
         self._runners: dict[tuple[str, str], Runner] = {}
         self._gaps: dict[str, NetworkGap] = {}
+        self._leaving: dict[str, tuple[SourceMachine, AnswerGap]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         hypervisor.on_event(self._on_event)
 
@@ -135,7 +141,9 @@ class OpenMoves:
         self._launch(runner, effects, None)
 
     def _source_runner(self, state: SourceState) -> Runner:
-        machine = SourceMachine(state, self._hypervisor, self._vms, self._peer, self._clock)
+        gap = AnswerGap(self._probes, state.vm.probe)
+        machine = SourceMachine(state, self._hypervisor, self._vms, self._peer, self._clock, self._flows, gap)
+        self._leaving[state.move_id] = machine, gap
         runner = Runner(machine, state, self._clock, self._journal, self._limit)
         machine.put = runner.put
         hello = Hello(move_id=state.move_id, host=state.source, role=SOURCE, epoch=state.hold.epoch)
@@ -182,9 +190,23 @@ class OpenMoves:
         self._vms.disks.settle_owner(state.vm)
         log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
         self._chronicle.ended(report)
-        gap = self._gaps.pop(state.move_id, None) if not leaving else None
+        if isinstance(state, SourceState):
+            self._spawn(self._end_leaving(state, report), f"answer gap of {state.move_id}")
+            return
+        gap = self._gaps.pop(state.move_id, None)
         if gap is not None:
             self._spawn(self._end_gap(gap, report), f"network gap of {state.move_id}")
+
+    async def _end_leaving(self, state: SourceState, report: MoveReport) -> None:
+        """A guest that answers its probe when its move is over: it goes into the record then."""
+        machine, gap = self._leaving.pop(state.move_id)
+        machine.close()
+        await gap.close(let_it_ask=report.outcome is Outcome.DONE)
+        if gap.answered_ms is not None and state.stopped_ms is not None:
+            amended = first_frame.answered(report, gap.answered_ms - state.stopped_ms)
+            if amended is not report:
+                self._journal.end(report.id, SOURCE, msgspec.json.encode(amended))
+                self._chronicle.answer_gap(amended)
 
     async def _end_gap(self, gap: NetworkGap, report: MoveReport) -> None:
         """The first frame of a VM that says little comes when its move is over: it goes into the record then."""

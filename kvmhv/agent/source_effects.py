@@ -5,6 +5,9 @@ import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import structlog
+
+from kvmhv.agent.answer_gap import AnswerGap
 from kvmhv.agent.runner import State
 from kvmhv.agent.vms import Vms
 from kvmhv.core import facts, source
@@ -24,8 +27,10 @@ from kvmhv.core.effects import (
 )
 from kvmhv.core.source_state import SourceState, report
 from kvmhv.errors import HostError, KvmhvError
-from kvmhv.model import ErrorBody, MoveReport, Vm
-from kvmhv.ports import Clock, Hypervisor, MemoryStats, Peer, QemuEvent
+from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Plan, Vm
+from kvmhv.ports import Clock, Flows, FlowWatch, Hypervisor, MemoryStats, Peer, QemuEvent
+
+log = structlog.get_logger(__name__)
 
 POLL_S = 0.25
 """Between two looks at the progress of disks and memory; decisions hang on events, not on this."""
@@ -45,6 +50,8 @@ class SourceMachine:
         vms: Vms,
         peer: Peer,
         clock: Clock,
+        flows: Flows,
+        gap: AnswerGap,
     ) -> None:
         self._move_id = state.move_id
         self._vm = state.vm
@@ -56,6 +63,11 @@ class SourceMachine:
         self._clock = clock
         self.put: Callable[[facts.Fact], None] = lambda fact: None
         """Where facts go that come while an effect is under way (progress)."""
+        self._flows = flows
+        self._carried: FlowWatch | None = None
+        self._gap = gap
+        gap.on_answer = self._answered
+        gap.on_silence = self._silent
         self._polling = False
         self._stopped_ms: float | None = None
         """Since when the guest stands still, as QEMU says: it may have switched over by itself, before it was told."""
@@ -108,6 +120,7 @@ class SourceMachine:
         return facts.FilesUploaded(at_ms=self._clock.monotonic_ms())
 
     async def _mirror_disks(self, effect: MirrorDisks) -> facts.Fact:
+        await self._count(effect.plan, effect.address)
         await self._hypervisor.mirror(self._vm, effect.plan, effect.address, self._psk_hex)
         while True:
             stats = await self._hypervisor.mirror_stats(self._vm.id)
@@ -123,6 +136,8 @@ class SourceMachine:
             await asyncio.sleep(POLL_S)
 
     async def _send_memory(self, effect: SendMemory) -> None:
+        await self._count(effect.plan, effect.address)
+        self._gap.prepare()
         self._polling = True
         await self._hypervisor.migrate(self._vm, effect.plan, effect.address, self._psk_hex)
         while self._polling:
@@ -166,7 +181,7 @@ class SourceMachine:
     async def _undo(self, timeout_s: float) -> facts.Fact:
         self._polling = False
         await self._hypervisor.undo_source(self._vm.id, timeout_s)
-        return facts.Undone(at_ms=self._clock.monotonic_ms())
+        return facts.Undone(at_ms=self._clock.monotonic_ms(), wire_bytes=await self._counted())
 
     async def _end_copy(self) -> facts.Fact:
         await self._hypervisor.kill(self._vm.id)
@@ -180,7 +195,36 @@ class SourceMachine:
         except KvmhvError as error:  # the record goes all the same: nothing here may start the VM a second time
             warnings = (f"a disk that has moved is left here: {error.message}",)
         await self._vms.forget(self._vm.id)
-        return facts.CopyRemoved(at_ms=self._clock.monotonic_ms(), warnings=warnings)
+        carried = await self._counted()
+        return facts.CopyRemoved(at_ms=self._clock.monotonic_ms(), warnings=warnings, wire_bytes=carried)
+
+    # --- what is seen beside it
+
+    async def _count(self, plan: Plan, address: IncomingAddress) -> None:
+        """Begin to count what QEMU's connections carry; if that cannot be done the move goes on without the figure."""
+        if self._carried is None:
+            ports = (address.memory_port,) if address.disk_port is None else (address.memory_port, address.disk_port)
+            try:
+                self._carried = await self._flows.watch(plan.target_address, ports)
+            except KvmhvError as error:
+                log.warning("what goes over the wire will not be counted", move=self._move_id, error=str(error))
+
+    async def _counted(self) -> int | None:
+        """Return what the connections carried; they have ended, or are about to."""
+        if self._carried is None:
+            return None
+        return await self._carried.carried_bytes()
+
+    def close(self) -> None:
+        """End the looks that are open; may be repeated."""
+        if self._carried is not None:
+            self._carried.close()
+
+    def _answered(self, answered_ms: float) -> None:
+        self.put(facts.Answered(at_ms=self._clock.monotonic_ms(), answered_ms=answered_ms))
+
+    def _silent(self, probe: str) -> None:
+        self.put(facts.ProbeSilent(at_ms=self._clock.monotonic_ms(), probe=probe))
 
     # --- events
 
@@ -190,8 +234,12 @@ class SourceMachine:
             return await self._pass_started(event) if self._polling else None
         if event.name == "MIGRATION":
             return await self._migration_status(event)
-        if event.name in ("STOP", "RESUME"):
-            self._stopped_ms = event.at_ms if event.name == "STOP" else None
+        if event.name == "STOP":
+            self._stopped_ms = event.at_ms
+            self._gap.stopped()
+        if event.name == "RESUME":
+            self._stopped_ms = None
+            self._gap.resumed()
         if event.name == "GONE":
             return facts.QemuGone(at_ms=event.at_ms, error=_gone(self._vm, event))
         return None

@@ -20,6 +20,7 @@ from kvmhv.agent.vm_claims import Claims
 from kvmhv.agent.vm_disks import ImageDisks, VmDisks
 from kvmhv.agent.vm_ends import VmEnds
 from kvmhv.agent.vm_records import VmRecord, VmRecords
+from kvmhv.agent.vm_settings import VmSettings
 from kvmhv.agent.vm_taps import VmTaps
 from kvmhv.config import Config
 from kvmhv.core import vm_spec
@@ -54,6 +55,7 @@ class Vms:
         self._network = network
         self._images = images
         self._claims = Claims()
+        self.settings = VmSettings(self._records, self._claims)
         self._taps = VmTaps(network)
         self._ends = VmEnds(self._records, hypervisor, self._claims, self._taps)
 

@@ -94,8 +94,12 @@ def _summary(report: MoveReport) -> list[tuple[str, object]]:
         rows.append(("blackout's steps", ", ".join(f"{one.name} {one.at_ms:.0f} ms" for one in report.blackout_steps)))
     if report.network_gap_ms is not None:
         rows.append(("network gap", f"{report.network_gap_ms:.1f} ms"))
+    if report.answer_gap_ms is not None:
+        rows.append(("first answer", f"after {report.answer_gap_ms:.1f} ms"))
     rows.append(("memory", output.size_text(report.memory_bytes)))
     rows.append(("disks", output.size_text(report.disk_bytes)))
+    if report.wire_bytes is not None:
+        rows.append(("on the wire", output.size_text(report.wire_bytes)))
     if report.ended_at is not None:
         rows.append(("total", output.seconds_text(report.ended_at - report.started_at)))
     if report.asked is not None:

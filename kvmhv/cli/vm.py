@@ -143,6 +143,26 @@ def stop(session: Session, name: str, force: bool, timeout_s: float | None) -> N
     _say_or_show(session, agent, name, "stopped")
 
 
+@vm.command("set")
+@click.argument("name", type=VM)
+@click.option(
+    "--probe",
+    metavar="PROBE",
+    help="What the source asks the guest while it moves, to measure the gap to its first answer: ping:IP, "
+    "tcp:IP:PORT or http://IP[:PORT][/PATH].",
+)
+@click.option("--no-probe", is_flag=True, help="Ask it nothing.")
+@json_option
+@click.pass_obj
+def set_vm(session: Session, name: str, probe: str | None, no_probe: bool) -> None:
+    """Change what the guest does not see of its VM."""
+    if (probe is None) != no_probe:
+        raise click.UsageError("give --probe or --no-probe")
+    agent = session.agent()
+    agent.call("PATCH", f"vms/{segment(name)}", object, body={"probe": probe})
+    _say_or_show(session, agent, name, "has no probe" if probe is None else f"is asked by {probe} when it moves")
+
+
 @vm.command()
 @click.argument("name", type=VM)
 @click.option("--keep-disks", is_flag=True, help="Leave its disks where they are.")
@@ -196,6 +216,7 @@ def _draw(details: VmDetails) -> None:
             ("machine", it.machine),
             ("boot", kernel),
             ("epoch", it.epoch),
+            ("probe", it.probe),
             ("qemu", f"{details.qemu_version}, {details.accel}, process {details.pid}" if details.pid else None),
             ("started", output.time_text(details.started_at)),
             ("move", details.move),

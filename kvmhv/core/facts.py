@@ -83,6 +83,8 @@ class Undone(Fact, frozen=True, kw_only=True):
     """All that this side made for the move is taken back."""
 
     warnings: tuple[str, ...] = ()
+    wire_bytes: int | None = None
+    """Source: what QEMU's connections carried, if that was counted."""
 
 
 # --- source
@@ -165,6 +167,20 @@ class CopyRemoved(Fact, frozen=True, kw_only=True):
     """The source's disks (when they moved), files and record of the VM are gone."""
 
     warnings: tuple[str, ...] = ()
+    wire_bytes: int | None = None
+    """What QEMU's connections carried, if that was counted."""
+
+
+class Answered(Fact, frozen=True, kw_only=True):
+    """The guest has answered its probe: to a question that was asked when it stood still."""
+
+    answered_ms: float
+
+
+class ProbeSilent(Fact, frozen=True, kw_only=True):
+    """The guest does not answer its probe although it runs here: the gap to its first answer will not be known."""
+
+    probe: str
 
 
 # --- target

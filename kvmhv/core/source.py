@@ -157,4 +157,6 @@ ON_FACT_ANYWHERE: dict[type, Handler] = {
     facts.PeerConnected: _connected,
     facts.PeerLost: _peer_lost,
     facts.QemuGone: source_undo.qemu_gone,
+    facts.Answered: source_switchover.answered,
+    facts.ProbeSilent: source_switchover.probe_silent,
 }

@@ -118,6 +118,9 @@ class SourceState(Struct, frozen=True, kw_only=True):
     """Moments of the blackout in this host's clock."""
     first_frame_after_ms: float | None = None
     """From the target's RESUME to the guest's first frame there."""
+    answered_ms: float | None = None
+    """When the guest first answered its probe again."""
+    wire_bytes: int | None = None
     halted_ms: float | None = None
     """When the lever's `stop` was done."""
     held: bool = False
@@ -242,11 +245,19 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         blackout_limit_ms=state.rule.blackout_limit_ms,
         throttle_percent=state.throttle_percent,
         network_gap_ms=first_frame.network_gap_ms(blackout_ms, state.first_frame_after_ms),
+        answer_gap_ms=None if blackout_ms is None else _answer_gap_ms(state),
+        wire_bytes=state.wire_bytes,
         asked=state.asked,
         request=state.request,
         versions=state.versions,
         plan=state.plan if state.step is SourceStep.ENDED else None,
     )
+
+
+def _answer_gap_ms(state: SourceState) -> float | None:
+    if state.stopped_ms is None or state.answered_ms is None:
+        return None
+    return max(0.0, state.answered_ms - state.stopped_ms)
 
 
 def _shown_progress(state: SourceState, standing: progress.Standing) -> float:
@@ -266,6 +277,8 @@ def blackout_steps(state: SourceState) -> tuple[BlackoutStep, ...]:
     if state.resumed_ms is not None and state.first_frame_after_ms is not None:
         at_ms = state.resumed_ms + state.first_frame_after_ms
         marks.append(BlackoutStep(name=first_frame.NAME, host=state.target, at_ms=at_ms))
+    if state.resumed_ms is not None and state.answered_ms is not None:
+        marks.append(BlackoutStep(name=first_frame.ANSWER, host=state.source, at_ms=state.answered_ms))
     steps = (msgspec.structs.replace(one, at_ms=max(0.0, one.at_ms - stopped_ms)) for one in marks)
     return tuple(sorted(steps, key=lambda one: one.at_ms))
 

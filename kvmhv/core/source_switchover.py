@@ -183,7 +183,25 @@ def _remove_when_owned(state: SourceState) -> Result:
 def copy_removed(state: SourceState, fact: facts.Fact) -> Result:
     """Nothing is left here: done."""
     assert isinstance(fact, facts.CopyRemoved)
-    return _finish_done(update(state, warnings=(*state.warnings, *fact.warnings)), fact.at_ms)
+    state = update(state, warnings=(*state.warnings, *fact.warnings), wire_bytes=fact.wire_bytes)
+    return _finish_done(state, fact.at_ms)
+
+
+# --- the probe
+
+
+def answered(state: SourceState, fact: facts.Fact) -> Result:
+    """The guest answers its probe: a figure for the records."""
+    assert isinstance(fact, facts.Answered)
+    return update(state, answered_ms=state.answered_ms or fact.answered_ms), []
+
+
+def probe_silent(state: SourceState, fact: facts.Fact) -> Result:
+    """Whoever set the probe is told why there will be no figure."""
+    assert isinstance(fact, facts.ProbeSilent)
+    text = f"{state.vm.name} does not answer {fact.probe} from {state.source} although it runs there"
+    warning = f"{text}: the gap to its first answer cannot be measured"
+    return (state, []) if warning in state.warnings else (update(state, warnings=(*state.warnings, warning)), [])
 
 
 def cleanup_failed(state: SourceState, fact: facts.Fact) -> Result:

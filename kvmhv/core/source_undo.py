@@ -69,7 +69,9 @@ def undone(state: SourceState, fact: facts.Fact) -> Result:
     """What was made here is taken back: the guest goes on."""
     assert isinstance(fact, facts.Undone)
     first = not state.undone
-    state = update(state, undone=True, cleared=True, warnings=(*state.warnings, *fact.warnings))
+    wire_bytes = state.wire_bytes if fact.wire_bytes is None else fact.wire_bytes
+    warnings = (*state.warnings, *fact.warnings)
+    state = update(state, undone=True, cleared=True, warnings=warnings, wire_bytes=wire_bytes)
     return _resume(state, fact.at_ms) if first else _end_when_undone(state, fact.at_ms)
 
 

@@ -6,24 +6,29 @@ is taken, so a busy event loop does not matter.
 """
 
 import asyncio
-import ctypes
 import socket
-import struct
-import time
 from collections.abc import Mapping
 
 from kvmhv.errors import HostError
+from kvmhv.kernel_sockets import (
+    JUMP_EQUAL,
+    LOAD_BYTE,
+    LOAD_HALF,
+    LOAD_WORD,
+    RETURN,
+    STAMP_SPACE,
+    Instruction,
+    arrived_ms,
+    attach_filter,
+    stamp_arrivals,
+)
 from kvmhv.ports import Clock
 
 ETH_P_ALL = 0x0003
 ETH_P_RARP = 0x8035
-SO_ATTACH_FILTER = 26
-SO_TIMESTAMPNS = 35
 PACKET_OUTGOING = 4
 AD_PACKET_TYPE = 0xFFFFF000 + 4
 """Where the kernel's filter machine finds the packet's type (SKF_AD_OFF + SKF_AD_PKTTYPE)."""
-LOAD_WORD, LOAD_HALF, LOAD_BYTE, JUMP_EQUAL, RETURN = 0x20, 0x28, 0x30, 0x15, 0x06
-TIMESPEC = struct.Struct("qq")
 FRAME_BYTES = 64
 
 
@@ -81,14 +86,8 @@ class PacketWatch:
             await asyncio.to_thread(_close_all, sockets)
 
     def _stamp_ms(self, readable: socket.socket) -> float:
-        _, extras, _, _ = readable.recvmsg(FRAME_BYTES, socket.CMSG_SPACE(TIMESPEC.size))
-        now_ms = self._clock.monotonic_ms()
-        for level, kind, data in extras:
-            if (level, kind) == (socket.SOL_SOCKET, SO_TIMESTAMPNS):
-                seconds, nanoseconds = TIMESPEC.unpack(data[: TIMESPEC.size])
-                age_ns: int = time.time_ns() - seconds * 10**9 - nanoseconds
-                return now_ms - max(0, age_ns) / 1e6
-        return now_ms
+        _, extras, _, _ = readable.recvmsg(FRAME_BYTES, STAMP_SPACE)
+        return arrived_ms(extras, self._clock.monotonic_ms())
 
 
 def _open_all(taps: Mapping[str, str]) -> list[socket.socket]:
@@ -98,8 +97,8 @@ def _open_all(taps: Mapping[str, str]) -> list[socket.socket]:
             # Protocol 0 hears nothing: the filter is in place before bind() opens its ears.
             one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
             made.append(one)
-            one.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
-            _attach(one, program(mac))
+            stamp_arrivals(one)
+            attach_filter(one, program(mac))
             one.bind((tap, ETH_P_ALL))
     except OSError as error:
         _close_all(made)
@@ -112,11 +111,11 @@ def _close_all(sockets: list[socket.socket]) -> None:
         one.close()
 
 
-def program(mac: str) -> bytes:
+def program(mac: str) -> tuple[Instruction, ...]:
     """Return the kernel's filter: what this MAC sends, RARP left out."""
     octets = bytes.fromhex(mac.replace(":", ""))
     high, low = int.from_bytes(octets[:4], "big"), int.from_bytes(octets[4:], "big")
-    instructions = (
+    return (
         (LOAD_BYTE, 0, 0, AD_PACKET_TYPE),
         (JUMP_EQUAL, 7, 0, PACKET_OUTGOING),
         (LOAD_HALF, 0, 0, 12),
@@ -128,10 +127,3 @@ def program(mac: str) -> bytes:
         (RETURN, 0, 0, FRAME_BYTES),
         (RETURN, 0, 0, 0),
     )
-    return b"".join(struct.pack("HBBI", *one) for one in instructions)
-
-
-def _attach(one: socket.socket, code: bytes) -> None:
-    buffer = ctypes.create_string_buffer(code, len(code))
-    # struct sock_fprog: the number of instructions, and where they are.
-    one.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))

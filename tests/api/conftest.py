@@ -131,6 +131,10 @@ class Vms:
     def summaries(self) -> tuple[VmSummary, ...]:
         return (VmSummary(name="web01", id="id-1", state=VmState.RUNNING, host="here", memory_bytes=1, cpus=1),)
 
+    async def set_probe(self, name: str, text: str | None) -> Vm:
+        self.calls.append(("probe", name, text))
+        return (await self.show(name)).vm
+
     def running_since(self) -> dict[str, float]:
         return {"id-1": 1000.0}
 
@@ -321,6 +325,7 @@ def compose(config: Config) -> Host:
         other_hosts=OtherHosts(trust, peer),
         metrics=Metrics("0", config.name),
         vms=vms,
+        vm_settings=vms,
         images=images,
         locations=Locations(config, "host-id", database, Storage(config), log_of_events.add),
         vm_states=vms,

@@ -75,6 +75,14 @@ class Vms(Protocol):
         ...
 
 
+class VmSettings(Protocol):
+    """What of a VM can be changed that its guest does not see."""
+
+    async def set_probe(self, name: str, text: str | None) -> Vm:
+        """Set what the source asks the guest while it moves; None: nothing."""
+        ...
+
+
 class Images(Protocol):
     """The imported images of this host."""
 
@@ -212,6 +220,7 @@ class Services:
     other_hosts: OtherHosts
     metrics: Metrics
     vms: Vms
+    vm_settings: VmSettings
     images: Images
     locations: Locations
     vm_states: VmStates

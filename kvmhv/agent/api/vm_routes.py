@@ -32,6 +32,12 @@ class StopRequest(Struct, frozen=True, kw_only=True):
     timeout_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
+class VmChanges(Struct, frozen=True, kw_only=True):
+    """`probe`: what the source asks the guest while it moves: `ping:IP`, `tcp:IP:PORT`, `http://IP/...`; null: none."""
+
+    probe: str | None
+
+
 async def list_vms(api: Services, call: Call) -> tuple[VmSummary, ...]:
     """Answer GET /v1/vms."""
     return await api.vms.list()
@@ -46,6 +52,13 @@ async def show(api: Services, call: Call) -> VmDetails:
     """Answer GET /v1/vms/{name}."""
     details = await api.vms.show(call.path("name"))
     return msgspec.structs.replace(details, io_stalled=api.io_watch.of(details.vm.id))
+
+
+async def change(api: Services, call: Call) -> VmDetails:
+    """Answer PATCH /v1/vms/{name}."""
+    body: VmChanges = call.body
+    await api.vm_settings.set_probe(call.path("name"), body.probe)
+    return await api.vms.show(call.path("name"))
 
 
 async def remove(api: Services, call: Call) -> None:
@@ -135,6 +148,14 @@ VM_ROUTES = (
         status=201,
     ),
     Route(method="GET", path="/v1/vms/{name}", doc="One VM.", handler=show, response=VmDetails),
+    Route(
+        method="PATCH",
+        path="/v1/vms/{name}",
+        doc="Change what the guest does not see of its VM.",
+        handler=change,
+        request=VmChanges,
+        response=VmDetails,
+    ),
     Route(
         method="DELETE",
         path="/v1/vms/{name}",
