@@ -10,15 +10,14 @@ Jobs are kept after their end (auto-dismiss off), so how one ended is never lost
 """
 
 import asyncio
-import json
 from dataclasses import dataclass, field
-from typing import Any
 
+from kvmhv.drivers.qemu.answers import Job
 from kvmhv.drivers.qemu.graph import Node, file_node, layer_node
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
-from kvmhv.drivers.qemu.nodes import used_bytes
+from kvmhv.drivers.qemu.nodes import named, used_bytes
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLost, QmpRefused
-from kvmhv.drivers.qemu.rundir import VmDir
+from kvmhv.drivers.qemu.rundir import VmDir, keep_json, read_json
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import DiskCopy, DiskFormat, Plan
 from kvmhv.ports import MirrorStats
@@ -32,6 +31,7 @@ BUFFER_MIN_BYTES = 64 * 1024
 BUFFER_MAX_BYTES = 16 * 1024 * 1024
 """QEMU's own."""
 NODE_NAME_MAX = 31
+ENDS_OF_JOBS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 NBD_GREETING = b"NBDMAGICIHAVEOPT"
 """The first bytes of a server (the NBD protocol, "fixed newstyle negotiation")."""
 GREETING_TIMEOUT_S = 5.0
@@ -82,14 +82,14 @@ async def unexport(qmp: Qmp) -> None:
 def remember_sealing(directory: VmDir, nodes: list[Node]) -> None:
     """Keep which nodes `seal` has to make read only, for an agent that is restarted before it can."""
     sealed = [{**node, "read-only": True} for node in nodes]
-    (directory.path / "seal.json").write_text(json.dumps(sealed))
+    keep_json(directory.path / "seal.json", sealed)
 
 
 async def seal(qmp: Qmp, directory: VmDir) -> None:
     """Make the backing layers that a move wrote read only, as they are on any other day; no error if done before."""
     file = directory.path / "seal.json"
     if file.exists():
-        nodes = json.loads(file.read_text())
+        nodes = read_json(file, list[dict[str, object]])
         if nodes:
             await qmp.execute("blockdev-reopen", {"options": nodes})
         file.unlink(missing_ok=True)
@@ -159,8 +159,8 @@ async def stats(qmp: Qmp, mirrors: Mirrors) -> tuple[MirrorStats, ...]:
         total = sum(max(layer.total_bytes, layer.copied_bytes) for layer in state.layers)
         top = jobs.get(MIRROR + name)
         if top is not None:
-            copied += top["current-progress"]
-            total += top["total-progress"]
+            copied += top.current_progress
+            total += top.total_progress
         elif not state.mirroring:
             total += state.copy.used_bytes
         error = state.error or _job_error(top, state.mirroring)
@@ -169,7 +169,7 @@ async def stats(qmp: Qmp, mirrors: Mirrors) -> tuple[MirrorStats, ...]:
                 disk=name,
                 copied_bytes=copied,
                 total_bytes=total,
-                ready=top is not None and top["status"] == "ready" and not error,
+                ready=top is not None and top.status == "ready" and not error,
                 error=error,
             )
         )
@@ -197,8 +197,8 @@ async def undo(qmp: Qmp, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             for job_id, job in (await _jobs(qmp)).items():
-                await _end_by_force(qmp, job_id, job["status"])
-            names = [node["node-name"] for node in await qmp.execute("query-named-block-nodes", {"flat": True})]
+                await _end_by_force(qmp, job_id, job.status)
+            names = [node.node_name for node in await named(qmp)]
             for name in names:
                 if name.startswith((TARGET, COPY)):
                     await qmp.execute("blockdev-del", {"node-name": name})
@@ -261,8 +261,8 @@ async def _copy_layer(qmp: Qmp, plan: Plan, port: int, copy: DiskCopy, layer: _L
         error = _job_error(job, started=True)
         if job is None or error:
             raise _failed(f"{name}: {error}")
-        layer.copied_bytes, layer.total_bytes = job["current-progress"], job["total-progress"]
-        if job["status"] == "ready":
+        layer.copied_bytes, layer.total_bytes = job.current_progress, job.total_progress
+        if job.status == "ready":
             break
         await asyncio.sleep(POLL_S)
     await _finish(qmp, job_id)
@@ -345,7 +345,7 @@ async def _finish(qmp: Qmp, job_id: str) -> None:
     """End a ready mirror job in sync; its end is an event, whose name says whether it was in sync."""
 
     def ended(event: Event) -> bool:
-        return event["event"] in {"BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"} and event["data"]["device"] == job_id
+        return event["event"] in ENDS_OF_JOBS and event["data"].get("device") == job_id
 
     try:
         with qmp.catch(ended) as end:
@@ -369,20 +369,21 @@ async def _end_by_force(qmp: Qmp, job_id: str, status: str) -> None:
         job = (await _jobs(qmp)).get(job_id)
         if job is None:
             return
-        status = job["status"]
+        status = job.status
     await qmp.execute("job-dismiss", {"id": job_id})
 
 
-async def _jobs(qmp: Qmp) -> dict[str, dict[str, Any]]:
+async def _jobs(qmp: Qmp) -> dict[str, Job]:
     """Return the jobs of moves by id."""
-    return {job["id"]: job for job in await qmp.execute("query-jobs") if job["id"].startswith((MIRROR, LAYER))}
+    jobs = await qmp.ask(tuple[Job, ...], "query-jobs")
+    return {job.id: job for job in jobs if job.id.startswith((MIRROR, LAYER))}
 
 
-def _job_error(job: dict[str, Any] | None, started: bool) -> str:
+def _job_error(job: Job | None, started: bool) -> str:
     if job is None:
         return "its job is gone" if started else ""
-    if job["status"] == "concluded":
-        return str(job.get("error", "it ended before its time"))
+    if job.status == "concluded":
+        return job.error or "it ended before its time"
     return ""
 
 

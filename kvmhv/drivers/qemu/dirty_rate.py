@@ -7,6 +7,7 @@ runs there is time for a finer one.
 import asyncio
 import contextlib
 
+from kvmhv.drivers.qemu.answers import DirtyRate
 from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
 
 SHORT_MS = 200
@@ -64,5 +65,6 @@ class FineSample:
 
 
 async def _measured(qmp: Qmp) -> float | None:
-    answer = await qmp.execute("query-dirty-rate", timeout_s=READ_TIMEOUT_S)
-    return float(answer["dirty-rate"]) * 1024 * 1024 if answer["status"] == "measured" else None
+    answer = await qmp.ask(DirtyRate, "query-dirty-rate", timeout_s=READ_TIMEOUT_S)
+    measured = answer.status == "measured" and answer.dirty_rate >= 0
+    return float(answer.dirty_rate) * 1024 * 1024 if measured else None

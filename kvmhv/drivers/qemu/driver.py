@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import argv, blocks, keys, memory, page_sample, probe, process, requests, rundir
+from kvmhv.drivers.qemu import answers, argv, blocks, keys, memory, page_sample, probe, process, requests, rundir
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
@@ -129,8 +129,9 @@ class Qemu:
         """Read what the check of a move needs from the running QEMU; a dirty rate takes the time to sample it."""
         instance = await self._instance(vm.id)
         qmp = instance.qmp
-        status, migration = await qmp.together(("query-status", {}), ("query-migrate", {}))
-        running = bool(status["running"])
+        said = await qmp.together(("query-status", {}), ("query-migrate", {}))
+        running = qmp.read(answers.Status, said[0], "query-status").running
+        migration = qmp.read(answers.Migration, said[1], "query-migrate")
         used = await used_bytes(qmp) if vm.disks else {}
         sampled = None if running else 0.0
         if running and dirty_rate:
@@ -145,7 +146,7 @@ class Qemu:
                 process.guest_memory_bytes, instance.process.pid, vm.memory_bytes
             ),
             dirty_bytes_per_s=sampled,
-            blockers=tuple(migration.get("blocked-reasons", ())),
+            blockers=migration.blocked_reasons,
             compression=await self._page_samples(instance, vm) if pages else (),
             disk_used_bytes={
                 disk.name: sum(used.get(layer_node(disk.name, index), 0) for index in range(len(disk.layers)))

@@ -2,19 +2,18 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 from collections.abc import Callable
 
 import msgspec
 
-from kvmhv.drivers.qemu import blocks, keys
+from kvmhv.drivers.qemu import answers, blocks, keys
 from kvmhv.drivers.qemu.argv import qmp_chardev
 from kvmhv.drivers.qemu.dirty_rate import FineSample
 from kvmhv.drivers.qemu.process import Process
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLog, QmpLost, QmpRefused
-from kvmhv.drivers.qemu.rundir import VmDir
+from kvmhv.drivers.qemu.rundir import VmDir, keep_json, read_json
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import Accel, IncomingAddress
 from kvmhv.ports import QemuEvent, RunState
@@ -31,6 +30,13 @@ log = logging.getLogger(__name__)
 def marks(directory: VmDir) -> tuple[str, ...]:
     """Return the arguments by which the VM's process is known among all others."""
     return ("-uuid", directory.vm_id, qmp_chardev(directory))
+
+
+class _Peer(msgspec.Struct, frozen=True, kw_only=True):
+    """peer.json: where a move goes."""
+
+    ip: str
+    ports: tuple[int, ...]
 
 
 class Instance:
@@ -77,18 +83,18 @@ class Instance:
             return RunState(process=False)
         state = RunState(process=True, accel=self.accel, pid=self.process.pid, ever_ran=self.may_have_run)
         try:
-            status, migration = await self.qmp.together(
-                ("query-status", {}), ("query-migrate", {}), timeout_s=STATE_TIMEOUT_S
-            )
+            said = await self.qmp.together(("query-status", {}), ("query-migrate", {}), timeout_s=STATE_TIMEOUT_S)
+            status = self.qmp.read(answers.Status, said[0], "query-status")
+            migration = self.qmp.read(answers.Migration, said[1], "query-migrate")
         except (QmpLost, QmpRefused):
             if self.process.gone:
                 return RunState(process=False)
             return msgspec.structs.replace(state, answers=False, qemu_version=self._version_text())
         return msgspec.structs.replace(
             state,
-            status=status["status"],
-            migration=migration.get("status", ""),
-            ever_ran=self.may_have_run or bool(status["running"]),
+            status=status.status,
+            migration=migration.status,
+            ever_ran=self.may_have_run or status.running,
             qemu_version=self._version_text(),
         )
 
@@ -104,8 +110,9 @@ class Instance:
             self.directory.cont_mark.touch()
         with self.qmp.catch(lambda event: event["event"] == "RESUME") as resume:
             # One trip: the answer to the first command says whether there will be an event.
-            before, _ = await self.qmp.together(("query-status", {}), ("cont", {}))
-            at_ms = self._now_ms() if before["running"] else (await self.qmp.wait(resume, "cont"))[1]
+            said = await self.qmp.together(("query-status", {}), ("cont", {}))
+            before = self.qmp.read(answers.Status, said[0], "query-status")
+            at_ms = self._now_ms() if before.running else (await self.qmp.wait(resume, "cont"))[1]
         if incoming:
             self._settling = asyncio.create_task(self._settle(), name=f"settle {self.name}")
         return at_ms
@@ -142,14 +149,14 @@ class Instance:
     def remember_peer(self, ip: str, address: IncomingAddress) -> None:
         """Keep where a move goes, for `cut`, also after a restart of the agent."""
         ports = [port for port in (address.memory_port, address.disk_port) if port is not None]
-        self.directory.peer.write_text(json.dumps({"ip": ip, "ports": ports}))
+        keep_json(self.directory.peer, _Peer(ip=ip, ports=tuple(ports)))
 
     def cut(self) -> None:
         """Cut the move's connections from outside, whatever QEMU's main loop is doing; no error if there are none."""
-        if self.directory.peer.exists():
-            peer = json.loads(self.directory.peer.read_text())
-            count = self.process.cut(peer["ip"], tuple(peer["ports"]))
-            log.warning("%s: QEMU hangs in the move; cut %d connections to %s", self.name, count, peer["ip"])
+        peer = read_json(self.directory.peer, _Peer)
+        if peer is not None:
+            count = self.process.cut(peer.ip, peer.ports)
+            log.warning("%s: QEMU hangs in the move; cut %d connections to %s", self.name, count, peer.ip)
 
     def forget_peer(self) -> None:
         """The move has ended."""

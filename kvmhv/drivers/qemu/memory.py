@@ -8,6 +8,9 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
+import msgspec
+
+from kvmhv.drivers.qemu.answers import Capability, Migration, YankInstance
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
 from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
 from kvmhv.errors import HostError
@@ -52,7 +55,8 @@ async def set_capabilities(qmp: Qmp, plan: Plan) -> None:
     Raises HostError `capability-missing` if this QEMU lacks one of them.
     """
     wanted = {*ALWAYS, *plan.capabilities}
-    known = {entry["capability"]: entry["state"] for entry in await qmp.execute("query-migrate-capabilities")}
+    entries = await qmp.ask(tuple[Capability, ...], "query-migrate-capabilities")
+    known = {entry.capability: entry.state for entry in entries}
     missing = sorted(wanted - known.keys())
     if missing:
         raise HostError(
@@ -83,10 +87,10 @@ async def listen(qmp: Qmp, plan: Plan, ports: tuple[int, int]) -> int:
     if qmp.version >= EXIT_ON_ERROR_SINCE:
         arguments["exit-on-error"] = False
     await qmp.execute("migrate-incoming", arguments)
-    answer = await qmp.execute("query-migrate")
-    for where in answer.get("socket-address", ()):
-        if where.get("type") == "inet":
-            return int(where["port"])
+    answer = await qmp.ask(Migration, "query-migrate")
+    for where in answer.socket_address:
+        if where.type == "inet" and where.port.isdecimal() and ports[0] <= int(where.port) <= ports[1]:
+            return int(where.port)
     raise HostError("qemu-error", f"QEMU does not say where it listens: {answer}", "see the VM's qemu.log")
 
 
@@ -176,21 +180,20 @@ async def stop(qmp: Qmp) -> None:
 async def stats(qmp: Qmp, timeout_s: float = STATS_TIMEOUT_S) -> MemoryStats:
     """Return query-migrate flat; status `lost` when there is no answer."""
     try:
-        answer = await qmp.execute("query-migrate", timeout_s=timeout_s)
+        answer = await qmp.ask(Migration, "query-migrate", timeout_s=timeout_s)
     except QmpLost as lost:
         return MemoryStats(status="lost", error=lost.message)
-    ram = answer.get("ram", {})
-    page_bytes = ram.get("page-size", 4096)
+    ram = answer.ram
     return MemoryStats(
-        status=answer.get("status", ""),
-        transferred_bytes=ram.get("transferred", 0),
-        remaining_bytes=ram.get("remaining", 0),
-        total_bytes=ram.get("total", 0),
-        dirty_bytes_per_s=float(ram.get("dirty-pages-rate", 0) * page_bytes),
-        throughput_bytes_per_s=ram.get("mbps", 0.0) * 1e6 / 8,
-        dirty_sync_count=ram.get("dirty-sync-count", 0),
-        throttle_percent=answer.get("cpu-throttle-percentage", 0),
-        error=answer.get("error-desc", ""),
+        status=answer.status,
+        transferred_bytes=ram.transferred,
+        remaining_bytes=ram.remaining,
+        total_bytes=ram.total,
+        dirty_bytes_per_s=float(ram.dirty_pages_rate * ram.page_size),
+        throughput_bytes_per_s=ram.mbps * 1e6 / 8,
+        dirty_sync_count=ram.dirty_sync_count,
+        throttle_percent=answer.cpu_throttle_percentage,
+        error=answer.error_desc,
     )
 
 
@@ -227,7 +230,7 @@ async def yank(qmp: Qmp, kinds: tuple[str, ...] = ("migration", "block-node")) -
     No error if there is none, or QEMU does not even answer this: the caller looks at what it wanted to end.
     """
     with contextlib.suppress(QmpRefused, QmpLost):
-        instances = await qmp.execute("query-yank", timeout_s=YANK_TIMEOUT_S, oob=True)
-        chosen = [entry for entry in instances if entry["type"] in kinds]
+        instances = await qmp.ask(tuple[YankInstance, ...], "query-yank", timeout_s=YANK_TIMEOUT_S, oob=True)
+        chosen = [msgspec.to_builtins(entry) for entry in instances if entry.type in kinds]
         if chosen:
             await qmp.execute("yank", {"instances": chosen}, timeout_s=YANK_TIMEOUT_S, oob=True)

@@ -1,5 +1,6 @@
 """What QEMU says of its block nodes."""
 
+from kvmhv.drivers.qemu.answers import BlockNode
 from kvmhv.drivers.qemu.qmp import Qmp
 from kvmhv.errors import HostError
 
@@ -9,13 +10,17 @@ async def check_inactive(qmp: Qmp, nodes: set[str]) -> None:
 
     Raises HostError `disk-active`. QEMU says so itself since 10.0; older ones do the same without saying it.
     """
-    for node in await qmp.execute("query-named-block-nodes", {"flat": True}):
-        if node["node-name"] in nodes and node.get("active") is True:
-            text = f"the incoming QEMU has {node['node-name']} open for itself while the source runs from it"
+    for node in await named(qmp):
+        if node.node_name in nodes and node.active is True:
+            text = f"the incoming QEMU has {node.node_name} open for itself while the source runs from it"
             raise HostError("disk-active", text, "report this, with the version of QEMU")
 
 
 async def used_bytes(qmp: Qmp) -> dict[str, int]:
     """Return the allocated bytes of each format and file node's image by node name."""
-    nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
-    return {node["node-name"]: node["image"].get("actual-size", 0) for node in nodes}
+    return {node.node_name: node.image.actual_size for node in await named(qmp)}
+
+
+async def named(qmp: Qmp) -> tuple[BlockNode, ...]:
+    """Return every block node that has a name."""
+    return await qmp.ask(tuple[BlockNode, ...], "query-named-block-nodes", {"flat": True})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import process
+from kvmhv.drivers.qemu import answers, process
 from kvmhv.drivers.qemu.argv import X86_64_V2_FEATURES
 from kvmhv.drivers.qemu.qmp import Qmp, QmpLog, QmpRefused
 from kvmhv.drivers.qemu.rundir import read_tail
@@ -127,18 +127,21 @@ async def _questions(qmp: Qmp, binary: Path, accel: Accel) -> QemuInfo:
         ("query-migrate-parameters", {}),
         ("query-cpu-model-expansion", {"type": "full", "model": {"name": "max"}}),
     )
-    aliases = [machine["alias"] for machine in machines if "alias" in machine]
-    models = {cpu["name"]: tuple(cpu.get("unavailable-features", ())) for cpu in cpus if not cpu.get("deprecated")}
-    models[DEFAULT_CPU] = missing_features(most["model"]["props"])
+    types = qmp.read(tuple[answers.MachineType, ...], machines, "query-machines")
+    known = qmp.read(tuple[answers.CpuDefinition, ...], cpus, "query-cpu-definitions")
+    models = {cpu.name: cpu.unavailable_features for cpu in known if not cpu.deprecated}
+    largest = qmp.read(answers.Expansion, most, "query-cpu-model-expansion")
+    models[DEFAULT_CPU] = missing_features(largest.model.props)
+    able = qmp.read(tuple[answers.Capability, ...], capabilities, "query-migrate-capabilities")
     compressions = [method for method in COMPRESSIONS if await _takes(qmp, method)]
     return QemuInfo(
         binary=str(binary),
         version=qmp.version,
         accel=accel,
-        machines=tuple(sorted([machine["name"] for machine in machines] + aliases)),
+        machines=tuple(sorted({name for machine in types for name in (machine.name, machine.alias) if name})),
         cpu_models=models,
-        capabilities=tuple(sorted(entry["capability"] for entry in capabilities)),
-        parameters=tuple(sorted(parameters)),
+        capabilities=tuple(sorted(entry.capability for entry in able)),
+        parameters=tuple(sorted(qmp.read(dict[str, object], parameters, "query-migrate-parameters"))),
         compressions=tuple(compressions),
     )
 

@@ -11,10 +11,12 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
+import msgspec
 from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
 
+from kvmhv.drivers.qemu import answers
 from kvmhv.drivers.qemu.process import Process
 from kvmhv.errors import HostError
 
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 Command = tuple[str, Mapping[str, object]]
 Event = dict[str, Any]
 Caught = asyncio.Future[tuple[Event, float]]
+Kind = TypeVar("Kind")
 
 
 class QmpRefused(HostError):
@@ -44,7 +47,10 @@ class QmpRefused(HostError):
 
 
 class QmpLost(HostError):
-    """No answer: the process is gone (`qemu-gone`) or hangs (`qemu-hangs`). Whether the command was done is unknown."""
+    """No answer, so whether the command was done is unknown.
+
+    The process is gone (`qemu-gone`), hangs (`qemu-hangs`), or says what cannot be read (`qemu-garbled`).
+    """
 
 
 class QmpLog:
@@ -134,6 +140,20 @@ class Qmp:
         if logged:
             self._log.write("<", {"return": answer, "of": command})
         return answer
+
+    async def ask(
+        self, kind: type[Kind], command: str, arguments: Mapping[str, object] | None = None, **bound: Any
+    ) -> Kind:
+        """Run a command whose answer is of this type (drivers/qemu/answers.py). Raises as execute() and read()."""
+        return self.read(kind, await self.execute(command, arguments, **bound), command)
+
+    def read(self, kind: type[Kind], answer: object, command: str) -> Kind:
+        """Return an answer as what it must be. Raises QmpLost `qemu-garbled`."""
+        try:
+            return msgspec.convert(answer, kind)
+        except msgspec.ValidationError as error:
+            text = f"{self._vm_name}: QEMU answered {command} with what cannot be read: {error}"
+            raise QmpLost("qemu-garbled", text, "see the VM's qmp.log") from error
 
     async def together(self, *commands: Command, timeout_s: float | None = None, logged: bool = True) -> list[Any]:
         """Send several commands at once, in order; QEMU runs them in order. Raises the first one's error, if any."""
@@ -225,7 +245,11 @@ class Qmp:
             try:
                 async with asyncio.timeout(CONNECT_TIMEOUT_S):
                     await client.connect(str(self._socket))
-            except (QMPError, OSError, EOFError, TimeoutError):
+                self._greeted(client)
+            except Exception as error:  # the library passes on whatever a garbled greeting made it stumble over
+                if not isinstance(error, QMPError | OSError | EOFError | TimeoutError):
+                    log.warning("%s: QMP does not begin as it should: %r", self._vm_name, error)
+                await self._end(client)
                 await self._process.wait_gone(delay_s)
                 delay_s = min(delay_s * 2, RECONNECT_DELAY_MAX_S)
                 continue
@@ -235,24 +259,32 @@ class Qmp:
             finally:
                 self._connected.clear()
                 self._client = None
-                # AssertionError: the library insists that no command waits, and one may not have run its last step yet.
-                with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError, AssertionError):
-                    async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                        await client.disconnect()
+                await self._end(client)
             await self._process.wait_gone(RECONNECT_DELAY_S)
+
+    @staticmethod
+    async def _end(client: QMPClient) -> None:
+        """End a connection, which raises again whatever has ended it: any exception that a message could provoke."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                await client.disconnect()
+
+    def _greeted(self, client: QMPClient) -> None:
+        assert client.greeting is not None
+        number = self.read(answers.Version, client.greeting.QMP.version, "with its greeting").qemu
+        self.version = (number.major, number.minor, number.micro)
 
     async def _attend(self, client: QMPClient) -> None:
         """Serve commands and events until the connection ends."""
-        assert client.greeting is not None
-        number = cast("dict[str, int]", client.greeting.QMP.version["qemu"])
-        self.version = (number["major"], number["minor"], number["micro"])
         self._client = client
         self._connected.set()
         while client.runstate is Runstate.RUNNING:
             await client.runstate_changed()
 
     def _keep_no_event(self, event: Message) -> bool:
-        self._handle(dict(event))
+        name, data = event["event"], event.get("data")
+        if isinstance(name, str):
+            self._handle({"event": name, "data": data if isinstance(data, dict) else {}})
         return False
 
     def _handle(self, event: Event) -> None:

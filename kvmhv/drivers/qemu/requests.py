@@ -4,6 +4,7 @@ Two running indices of a virtio queue say it all: what QEMU has taken and not ye
 answers it has given (`used-idx`, modulo 2^16). Nothing is asked of the storage, so the look cannot hang with it.
 """
 
+from kvmhv.drivers.qemu.answers import Queue
 from kvmhv.drivers.qemu.qmp import Qmp
 from kvmhv.model import DiskIo, Vm
 
@@ -19,5 +20,6 @@ async def look(qmp: Qmp, vm: Vm) -> dict[str, DiskIo]:
     found: dict[str, DiskIo] = {}
     for (name, _), answer in zip(queues, answers, strict=True):
         before = found.get(name, DiskIo(answered=0, waits=False))
-        found[name] = DiskIo(answered=before.answered + answer["used-idx"], waits=before.waits or answer["inuse"] > 0)
+        queue = qmp.read(Queue, answer, "x-query-virtio-queue-status")
+        found[name] = DiskIo(answered=before.answered + queue.used_idx, waits=before.waits or queue.inuse > 0)
     return found

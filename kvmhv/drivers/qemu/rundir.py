@@ -12,8 +12,13 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from kvmhv.errors import HostError
+
+Kind = TypeVar("Kind")
 
 SOCKET_PATH_MAX_BYTES = 107
 """Linux: `sun_path` has 108 bytes with its final zero (unix(7))."""
@@ -140,6 +145,24 @@ def read_tail(path: Path, limit_bytes: int) -> str:
             return file.read(limit_bytes).decode(errors="replace")
     except OSError:
         return ""
+
+
+def keep_json(path: Path, value: object) -> None:
+    """Write a small file whole or not at all. Raises HostError `run-dir`."""
+    fresh = path.with_name(path.name + ".new")
+    try:
+        fresh.write_bytes(msgspec.json.encode(value))
+        fresh.replace(path)
+    except OSError as error:
+        raise HostError("run-dir", f"cannot write {path}: {error}", "check the agent's run_dir") from error
+
+
+def read_json(path: Path, kind: type[Kind]) -> Kind | None:
+    """Read it; None if it is not there or cannot be read: it only speeds up what is done without it too."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def check_run_path(run_path: Path) -> None:
