@@ -19,6 +19,7 @@ from kvmhv.core import admission, facts, first_frame, recover
 from kvmhv.core.effects import Effect
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState
+from kvmhv.errors import HostError
 from kvmhv.model import MoveReport, Outcome, Vm
 from kvmhv.ports import Clock, Flows, Frames, Hypervisor, Journal, Peer, Probes, QemuEvent
 from kvmhv.wire.session import SOURCE, TARGET, Hello
@@ -102,13 +103,19 @@ class OpenMoves:
         return runner
 
     async def recover(self) -> None:
-        """After a restart, before anybody is served: take every open move up again from the journal."""
+        """After a restart, before anybody is served: take every open move up again from the journal.
+
+        Raises HostError `journal-damaged` for an entry that cannot be read: to go on without it could run a VM twice.
+        """
         for move_id, role, encoded in self._journal.load():
             try:
                 state = _decode(role, encoded)
-            except msgspec.MsgspecError as error:
-                log.error("a move in the journal cannot be read", move=move_id, role=role, error=str(error))
-                continue
+            except (ValueError, RecursionError) as error:
+                raise HostError(
+                    "journal-damaged",
+                    f"the journal's entry of the move {move_id} ({role}) cannot be read: {error}",
+                    "if a newer kvmhv wrote it, install that again; else see docs/errors.md; VMs run on meanwhile",
+                ) from error
             await self._recover(state)
 
     async def close(self) -> None:

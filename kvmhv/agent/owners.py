@@ -48,8 +48,8 @@ class Owners:
     async def claim(self, vm: Vm, *, take_over: bool) -> None:
         """Own the VM's shared disks before it is started here.
 
-        Raises Refused `vm-owned-elsewhere`, `vm-moving`, `vm-copy-stale`, `disk-owned`; HostError as Storage.ask. Then
-        no record was changed, but for disks before the one that is refused.
+        Raises Refused `vm-owned-elsewhere`, `vm-moving`, `vm-copy-stale`, `disk-owned`, `owner-unreadable`; HostError
+        as Storage.ask. Then no record was changed, but for disks before the one that is refused.
         """
         mine = ownership.claimed(vm, self._host, self._host_id, boot_id())
 
@@ -69,7 +69,7 @@ class Owners:
             for disk, volume in self._disks(vm):
                 layer = disk.layers[0]
                 await self._storage.ask(layer.location, partial(volume.break_lock, volume.owner_record(layer.path)))
-        await self._change(vm, change)
+        await self._change(vm, change, mends=take_over)
 
     async def let_go(self, vm: Vm) -> None:
         """The VM was stopped here: it may be started on any host. A storage that does not answer is only logged."""
@@ -122,7 +122,7 @@ class Owners:
 
         while still():
             try:
-                await self._change(vm, change)
+                await self._change(vm, change, mends=True)
             except KvmhvError as error:
                 if not told:
                     log.warning("ownership not settled yet", vm=vm.name, error=str(error))
@@ -139,18 +139,27 @@ class Owners:
                 found.append((disk, volume))
         return found
 
-    async def _change(self, vm: Vm, change: Change, names: Collection[str] | None = None) -> None:
+    async def _change(
+        self, vm: Vm, change: Change, names: Collection[str] | None = None, *, mends: bool = False
+    ) -> None:
+        """Change the record beside each of the disks; `mends`: also one that cannot be read."""
         lock = self._locks.setdefault(vm.id, asyncio.Lock())
         async with lock:
             for disk, volume in self._disks(vm, names):
-                await self._change_one(disk, volume, change)
+                await self._change_one(disk, volume, change, mends=mends)
 
-    async def _change_one(self, disk: Disk, volume: Volume, change: Change) -> None:
+    async def _change_one(self, disk: Disk, volume: Volume, change: Change, *, mends: bool) -> None:
         layer = disk.layers[0]
         name, place = volume.owner_record(layer.path), f"{layer.location}/{layer.path}"
         for _ in range(TRIES):
             old = await self._storage.ask(layer.location, lambda: volume.read_record(name))
-            new = change(None if old is None else ownership.decode(old), place)
+            found = None if old is None else ownership.decode(old)
+            if old is not None and found is None and not mends:
+                # Not the same as none: it may name a host that runs the VM.
+                text = f"{place}: its ownership record cannot be read, so nobody can tell which host runs the VM"
+                todo = "see on every host that it does not run, then `kvmhv vm start NAME --take-over`"
+                raise Refused("owner-unreadable", text, todo, http_status=409)
+            new = change(found, place)
             if new is None:
                 return
             content = ownership.encode(new)

@@ -12,7 +12,7 @@ VM, and whoever it is settles the record afterwards. So nothing is written to it
 
 import msgspec
 
-from kvmhv.model import Struct, Vm
+from kvmhv.model import Epoch, Struct, Vm
 
 
 class Owner(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -23,7 +23,7 @@ class Owner(Struct, frozen=True, kw_only=True, omit_defaults=True):
     host: str
     host_id: str
     boot_id: str
-    epoch: int
+    epoch: Epoch
     held: bool = True
     """False: the VM was stopped, and may be started on any host."""
     moving_to: str | None = None
@@ -45,7 +45,7 @@ def decode(content: bytes) -> Owner | None:
     """Return the record; None for bytes that are none (somebody else's file)."""
     try:
         return msgspec.json.decode(content, type=Owner)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
 

@@ -4,16 +4,20 @@ Calls block for the time of one fsync; they are short on purpose and made from t
 on before its journal entry is on disk.
 """
 
+import contextlib
+import hashlib
 import secrets
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from kvmhv.errors import HostError
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+ID = "id"
 SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE records (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (kind, key)) STRICT;
@@ -24,8 +28,13 @@ CREATE TABLE moves (move TEXT NOT NULL, role TEXT NOT NULL, number INTEGER PRIMA
 """
 
 
+SEAL = b"kvmhv1"
+"""Begins what a journal keeps: then its digest, then the state itself."""
+DIGEST_BYTES = 16
+
+
 class _Volatile(msgspec.Struct):
-    sequence: int
+    sequence: Annotated[int, Meta(ge=0)]
     state: bytes
 
 
@@ -34,8 +43,11 @@ class Database:
 
     def __init__(self, path: Path, volatile_dir: Path, moves_kept: int) -> None:
         """Open or make the database. Raises HostError `database` or `database-newer`."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        volatile_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            volatile_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise _unusable(error) from error
         self._volatile_dir = volatile_dir
         self._moves_kept = moves_kept
         try:
@@ -45,21 +57,26 @@ class Database:
             version = self._sqlite.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 self._sqlite.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-        except sqlite3.Error as error:
+            path.chmod(0o600)
+        except (sqlite3.Error, OSError) as error:
+            self._close_quietly()
             raise HostError("database", f"{path}: {error}", "check the disk and the file's owner") from error
         if version > SCHEMA_VERSION:
+            self._sqlite.close()
             raise HostError(
                 "database-newer", f"{path} was written by a newer kvmhv", "install that version again, or a newer one"
             )
-        path.chmod(0o600)
 
     @property
     def volatile_id(self) -> str:
         """Names this volatile journal: another one when it was lost, and after a reboot even if it lies on a disk."""
-        file = self._volatile_dir / "id"
-        if not file.exists():
-            file.write_text(secrets.token_hex(16))
-        return f"{file.read_text()}@{BOOT_ID.read_text().strip()}"
+        file = self._volatile_dir / ID
+        try:
+            if not file.exists():
+                file.write_text(secrets.token_hex(16))
+            return f"{file.read_text(errors='replace')}@{BOOT_ID.read_text().strip()}"
+        except OSError as error:
+            raise _unusable(error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -90,19 +107,40 @@ class Database:
         """Keep a machine's newest state; durable: on disk when it returns, else on tmpfs."""
         sequence = self._sequence(move_id, role) + 1
         if durable:
-            self._execute("INSERT OR REPLACE INTO journal VALUES (?, ?, ?, ?)", move_id, role, sequence, state)
+            row = (move_id, role, sequence, _seal(state))
+            self._execute("INSERT OR REPLACE INTO journal VALUES (?, ?, ?, ?)", *row)
             return
         file = self._volatile_file(move_id, role)
         fresh = file.with_suffix(".new")
-        fresh.write_bytes(msgspec.msgpack.encode(_Volatile(sequence, state)))
-        fresh.replace(file)
+        try:
+            fresh.write_bytes(_seal(msgspec.msgpack.encode(_Volatile(sequence, state))))
+            fresh.replace(file)
+        except OSError as error:
+            raise _unusable(error) from error
 
     def load(self) -> tuple[tuple[str, str, bytes], ...]:
-        """Return (move id, role, newest state) of every move that has not been ended here."""
+        """Return (move id, role, newest state) of every move that has not been ended here.
+
+        A volatile entry that is damaged may have said anything: the whole volatile journal counts as lost then, and
+        gets another name, so that nobody takes its silence for proof. Raises HostError `journal-damaged` for a durable
+        entry that is: then nobody can tell what this host may do with the move's VM.
+        """
         found = []
-        for move_id, role, sequence, state in self._execute("SELECT move, role, sequence, state FROM journal"):
-            volatile = self._read_volatile(move_id, role)
-            newest = volatile.state if volatile is not None and volatile.sequence > sequence else state
+        for move_id, role, sequence, sealed in self._execute("SELECT move, role, sequence, state FROM journal"):
+            newest = _unseal(sealed)
+            if newest is None:
+                raise HostError(
+                    "journal-damaged",
+                    f"the journal's entry of the move {move_id} ({role}) is damaged",
+                    "kvmhv's docs/errors.md says what can be done; VMs run on meanwhile",
+                )
+            try:
+                volatile = self._read_volatile(move_id, role)
+            except ValueError:
+                self._forget_volatile()
+                volatile = None
+            if volatile is not None and volatile.sequence > sequence:
+                newest = volatile.state
             found.append((move_id, role, newest))
         return tuple(found)
 
@@ -120,7 +158,8 @@ class Database:
                 )
         except sqlite3.Error as error:
             raise _failed(error) from error
-        self._volatile_file(move_id, role).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # without its row nobody reads it any more
+            self._volatile_file(move_id, role).unlink(missing_ok=True)
 
     def reports(self) -> tuple[bytes, ...]:
         """Return the reports of ended moves, the newest last."""
@@ -136,17 +175,53 @@ class Database:
 
     def _sequence(self, move_id: str, role: str) -> int:
         rows = self._execute("SELECT sequence FROM journal WHERE move = ? AND role = ?", move_id, role)
-        volatile = self._read_volatile(move_id, role)
+        try:
+            volatile = self._read_volatile(move_id, role)
+        except ValueError:
+            volatile = None
         return max(rows[0][0] if rows else 0, volatile.sequence if volatile else 0)
 
     def _volatile_file(self, move_id: str, role: str) -> Path:
         return self._volatile_dir / f"{move_id}.{role}"
 
     def _read_volatile(self, move_id: str, role: str) -> _Volatile | None:
+        """Return the entry, None if there is none. Raises ValueError for a damaged one."""
         try:
-            return msgspec.msgpack.decode(self._volatile_file(move_id, role).read_bytes(), type=_Volatile)
-        except (FileNotFoundError, msgspec.MsgspecError):
+            content = _unseal(self._volatile_file(move_id, role).read_bytes())
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        if content is None:
+            raise ValueError("damaged")
+        return msgspec.msgpack.decode(content, type=_Volatile)  # MsgspecError is a ValueError
+
+    def _forget_volatile(self) -> None:
+        """Give the volatile journal another name: what was noted under the old one is not to be relied on."""
+        try:
+            (self._volatile_dir / ID).unlink(missing_ok=True)
+        except OSError as error:
+            raise _unusable(error) from error
+
+    def _close_quietly(self) -> None:
+        with contextlib.suppress(AttributeError, sqlite3.Error):
+            self._sqlite.close()
+
+
+def _seal(state: bytes) -> bytes:
+    return SEAL + hashlib.blake2b(state, digest_size=DIGEST_BYTES).digest() + state
+
+
+def _unseal(content: bytes) -> bytes | None:
+    """Return what was sealed, None if it is damaged; what an older kvmhv kept has no seal and is as it is."""
+    if not content.startswith(SEAL):
+        return content or None
+    state = content[len(SEAL) + DIGEST_BYTES :]
+    return state if _seal(state) == content else None
+
+
+def _unusable(error: OSError) -> HostError:
+    return HostError("database", f"the agent's journal: {error}", "check state_dir and run_dir: space, owner, mount")
 
 
 def _failed(error: sqlite3.Error) -> HostError:

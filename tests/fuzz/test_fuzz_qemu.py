@@ -229,13 +229,16 @@ def test_whatever_was_said_the_next_question_is_answered(lines: list[bytes]) -> 
 
     async def ask() -> None:
         heard: list[Any] = []
-        async with _connected(list(lines), heard) as qmp:
+        said = list(lines)
+        async with _connected(said, heard) as qmp:
             for _ in lines:
                 with contextlib.suppress(HostError):
                     await memory.stats(qmp, 0.2)
-            stats = await memory.stats(qmp, 10.0)
-            if stats.status == "lost":  # a line without an end ate the first answer after it
+            said.clear()
+            for _ in range(3):  # a line without an end eats the first answer after it
                 stats = await memory.stats(qmp, 10.0)
+                if stats.status == "active":
+                    break
             assert stats.status == "active"
         assert all(isinstance(event["event"], str) and isinstance(event["data"], dict) for event in heard)
 

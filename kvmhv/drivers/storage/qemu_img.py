@@ -114,7 +114,7 @@ class QemuImg:
         objects = ["--object", secret] if secret else []
         whole = "json:" + msgspec.json.encode({"driver": format.value, "file": node}).decode()
         said = await self._run(["info", "--force-share", "--output=json", *objects, "--", whole], ANSWER_S)
-        return msgspec.json.decode(said, type=_Info).virtual_size
+        return _read(str(node.get("filename", format.value)), said).virtual_size
 
     async def rename_backing(self, file: Path, backing: str, backing_format: DiskFormat) -> None:
         """Change what a qcow2's header says of its backing file, and nothing else."""
@@ -129,7 +129,7 @@ class QemuImg:
         if format is not None:
             arguments += ["-f", format.value]
         try:
-            return msgspec.json.decode(await self._run([*arguments, "--", str(file)], ANSWER_S), type=_Info)
+            said = await self._run([*arguments, "--", str(file)], ANSWER_S)
         except HostError as error:
             if error.code != "qemu-img":
                 raise
@@ -138,8 +138,7 @@ class QemuImg:
                     "disk-in-use", f"{file} is in use: {error.message}", "stop what uses it", http_status=409
                 ) from error
             raise _invalid(file, error.message) from error
-        except msgspec.MsgspecError as error:
-            raise HostError("qemu-img", f"qemu-img said of {file}: {error}", "install QEMU 7.2 or newer") from error
+        return _read(str(file), said)
 
     async def _run(self, arguments: list[str], timeout_s: float) -> bytes:
         binary = find(self._qemu_binary)
@@ -173,6 +172,13 @@ async def _run(code: str, command: list[str], timeout_s: float) -> bytes:
             raise HostError("location-full", said, "make room, or choose another location")
         raise HostError(code, said or f"{command[0]} ended with {process.returncode}", "check the storage")
     return output
+
+
+def _read(what: str, said: bytes) -> _Info:
+    try:
+        return msgspec.json.decode(said, type=_Info)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise HostError("qemu-img", f"qemu-img said of {what}: {error}", "install QEMU 7.2 or newer") from error
 
 
 def _regular_file(file: Path) -> Path:
