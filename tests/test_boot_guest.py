@@ -9,13 +9,14 @@ import pytest
 from kvmhv.errors import CallerError
 from kvmhv.lab.guest_images import AS_FAST_AS_IT_CAN, SOURCES, boot_guest, content_hash, remove_old, write_boot_guest
 
-TEMPLATE = bytes(0x180) + b"KVMHVBG1" + struct.pack("<4I", 1, 2, 3, 4) + b"rest of the disk".ljust(1024)
+TEMPLATE = bytes(0x180) + b"KVMHVBG1" + struct.pack("<5I", 1, 2, 3, 4, 5) + b"rest of the disk".ljust(1024)
 
 
 def test_parameters_go_to_their_places_and_nothing_else_changes() -> None:
-    image = boot_guest(TEMPLATE, working_set_bytes=1 << 20, rate_bytes_per_s=5, guest_id=0xDEADBEEF, beat_ms=50)
-    assert struct.unpack_from("<4I", image, 0x188) == (1 << 20, 5, 0xDEADBEEF, 50)
-    assert image[:0x188] + image[0x198:] == TEMPLATE[:0x188] + TEMPLATE[0x198:]
+    parameters = {"working_set_bytes": 1 << 20, "rate_bytes_per_s": 5, "guest_id": 0xDEADBEEF, "beat_ms": 50}
+    image = boot_guest(TEMPLATE, **parameters, write_ms=70)
+    assert struct.unpack_from("<5I", image, 0x188) == (1 << 20, 5, 0xDEADBEEF, 50, 70)
+    assert image[:0x188] + image[0x19C:] == TEMPLATE[:0x188] + TEMPLATE[0x19C:]
 
 
 def test_the_places_are_those_of_the_source() -> None:
@@ -23,6 +24,7 @@ def test_the_places_are_those_of_the_source() -> None:
     after = source.split(".org    0x180", 1)[1]
     assert after.index('"KVMHVBG1"') < after.index("/* 0x188 working set") < after.index("/* 0x18c rate")
     assert after.index("/* 0x18c rate") < after.index("/* 0x190 id") < after.index("/* 0x194 milliseconds")
+    assert after.index("/* 0x194 milliseconds") < after.index("/* 0x198 milliseconds")
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,7 @@ def test_the_places_are_those_of_the_source() -> None:
         {"rate_bytes_per_s": AS_FAST_AS_IT_CAN + 1},
         {"guest_id": 1 << 32},
         {"beat_ms": 0},
+        {"write_ms": 60_001},
     ],
 )
 def test_parameters_out_of_range_are_refused(wrong: dict[str, int]) -> None:
@@ -52,6 +55,7 @@ def test_writing_a_disk_leaves_the_template(tmp_path: Path) -> None:
     write_boot_guest(tmp_path / "disk", tmp_path / "template", working_set_bytes=4096, rate_bytes_per_s=0)
     assert (tmp_path / "template").read_bytes() == TEMPLATE
     assert struct.unpack_from("<4I", (tmp_path / "disk").read_bytes(), 0x188) == (4096, 0, 0, 100)
+    assert struct.unpack_from("<I", (tmp_path / "disk").read_bytes(), 0x198) == (0,)
 
 
 def test_images_are_kept_under_everything_that_they_are_made_of(tmp_path: Path) -> None:

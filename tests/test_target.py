@@ -121,6 +121,20 @@ def test_without_disks_there_is_no_export_to_close() -> None:
 # --- refusals
 
 
+def test_a_qemu_that_ends_while_it_is_prepared_is_told_by_what_prepared_it() -> None:
+    """It ends its QEMU itself when something fails; the end is not the reason."""
+    driven = Driven().told(GONE)
+    assert driven.state.step is T.PREPARING
+    why = ErrorBody(code="qemu-error", message="the reason", todo="")
+    driven.told(facts.Failed(at_ms=1, effect="Prepare", error=why), facts.Undone(at_ms=1))
+    assert driven.final().reason == "the reason"
+
+
+def test_a_qemu_that_ends_when_it_was_just_ready_is_refused() -> None:
+    driven = Driven().told(GONE, READY, facts.Undone(at_ms=1))
+    assert driven.final().reason == ERROR.message
+
+
 @pytest.mark.parametrize(
     "fact",
     [

@@ -102,6 +102,8 @@ def _prepare(state: TargetState) -> Result:
 
 def _incoming_ready(state: TargetState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.IncomingReady)
+    if state.failure is not None:  # it died while the answer was on its way
+        return target_undo.refuse(update(state, preparing=False), state.failure)
     state = update(
         state,
         step=TargetStep.WAITING,
@@ -112,6 +114,12 @@ def _incoming_ready(state: TargetState, fact: facts.Fact) -> Result:
     limit_s = state.plan.timeouts.storage_s + state.plan.timeouts.memory_s
     timer = SetTimer(name=STEP_TIMER, after_s=limit_s)
     return state, [Journal(), timer, Send(message=Ready(epoch=state.hold.epoch, address=fact.address))]
+
+
+def _died_preparing(state: TargetState, fact: facts.Fact) -> Result:
+    """Prepare answers for itself: it knows why it failed, and may have ended this QEMU for that."""
+    assert isinstance(fact, facts.QemuGone)
+    return update(state, failure=fact.error), []
 
 
 # --- the blackout, seen from here
@@ -368,7 +376,8 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.UNDOING, facts.Failed): target_undo.undo_failed,
     (S.UNDOING, facts.TimerFired): target_undo.undo_again,
     **{(at, facts.Failed): target_undo.failed for at in BEFORE_RUN},
-    **{(at, facts.QemuGone): target_undo.failed for at in BEFORE_RUN},
+    (S.PREPARING, facts.QemuGone): _died_preparing,
+    **{(at, facts.QemuGone): target_undo.failed for at in BEFORE_RUN if at is not S.PREPARING},
     **{(at, facts.TimerFired): target_undo.timed_out for at in BEFORE_RUN},
 }
 

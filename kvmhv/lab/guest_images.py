@@ -64,13 +64,20 @@ class GuestImages:
 
 
 def boot_guest(
-    template: bytes, *, working_set_bytes: int, rate_bytes_per_s: int, guest_id: int = 0, beat_ms: int = 100
+    template: bytes,
+    *,
+    working_set_bytes: int,
+    rate_bytes_per_s: int,
+    guest_id: int = 0,
+    beat_ms: int = 100,
+    write_ms: int = 0,
 ) -> bytes:
     """Return a boot-sector disk like `template` with these parameters.
 
     The working set is written and verified page by page at the rate; 0 is an idle guest, which only looks at its pages,
     and AS_FAST_AS_IT_CAN never pauses. The guest takes a smaller working set if it has not the memory (16 MiB at the
-    bottom and 1 MiB at the top are not used). `guest_id` becomes the first half of the boot id.
+    bottom and 1 MiB at the top are not used). `guest_id` becomes the first half of the boot id. Every `write_ms`
+    (0: never) it writes a record to each other disk, two at most, and prints `ack` and the oracle's line.
 
     Raises CallerError: a parameter out of its range, or `template` is not this guest.
     """
@@ -81,13 +88,14 @@ def boot_guest(
         "rate_bytes_per_s": (rate_bytes_per_s, 0, AS_FAST_AS_IT_CAN),
         "guest_id": (guest_id, 0, 0xFFFFFFFF),
         "beat_ms": (beat_ms, 10, 60_000),
+        "write_ms": (write_ms, 0, 60_000),
     }
     for name, (value, least, most) in limits.items():
         if not least <= value <= most:
             raise CallerError("bad-boot-guest", f"{name} {value} is not within {least} and {most}", "choose another")
     image = bytearray(template)
     at = _PARAMETERS_AT + len(_MAGIC)
-    struct.pack_into("<4I", image, at, working_set_bytes, rate_bytes_per_s, guest_id, beat_ms)
+    struct.pack_into("<5I", image, at, working_set_bytes, rate_bytes_per_s, guest_id, beat_ms, write_ms)
     return bytes(image)
 
 
@@ -99,6 +107,7 @@ def write_boot_guest(
     rate_bytes_per_s: int,
     guest_id: int = 0,
     beat_ms: int = 100,
+    write_ms: int = 0,
 ) -> None:
     """Write a boot-sector disk (raw, 1 MiB) to `path`; see `boot_guest` for the parameters and errors."""
     image = boot_guest(
@@ -107,6 +116,7 @@ def write_boot_guest(
         rate_bytes_per_s=rate_bytes_per_s,
         guest_id=guest_id,
         beat_ms=beat_ms,
+        write_ms=write_ms,
     )
     path.write_bytes(image)
 

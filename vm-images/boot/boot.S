@@ -116,6 +116,7 @@ parameters:
         .long   4 << 20                 /* 0x18c rate, bytes per second; 0 = idle; 0xffffffff = as fast as it can */
         .long   0                       /* 0x190 id of the guest, the first half of the boot id */
         .long   100                     /* 0x194 milliseconds between two heartbeats */
+        .long   0                       /* 0x198 milliseconds between two records on each disk; 0 = none */
 
         .org    0x1fe
         .word   0xaa55

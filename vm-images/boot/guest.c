@@ -4,10 +4,7 @@
  * Sweeps: page i is written with generation g in sweep g. A sweep goes through the pages in order, so the generation that
  * a page must hold when it is visited is known without looking at it; a page that a move left stale is found by that.
  */
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "guest.h"
 
 enum {
     PAGE_BYTES = 4096,
@@ -24,21 +21,7 @@ enum {
 
 #define AS_FAST_AS_IT_CAN 0xffffffffu
 
-struct parameters {
-    char magic[8];
-    u32 working_set_bytes;
-    u32 rate_bytes_per_s;
-    u32 guest_id;
-    u32 beat_ms;
-};
-extern const volatile struct parameters parameters;
 extern void timer_interrupt(void);
-
-static inline void outb(u16 port, u8 value) { __asm__ volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
-static inline void outw(u16 port, u16 value) { __asm__ volatile("outw %0, %1" : : "a"(value), "Nd"(port)); }
-static inline u8 inb(u16 port) { u8 v; __asm__ volatile("inb %1, %0" : "=a"(v) : "Nd"(port)); return v; }
-static inline u16 inw(u16 port) { u16 v; __asm__ volatile("inw %1, %0" : "=a"(v) : "Nd"(port)); return v; }
-static inline u32 inl(u16 port) { u32 v; __asm__ volatile("inl %1, %0" : "=a"(v) : "Nd"(port)); return v; }
 
 /* ---- printing ---- */
 
@@ -50,13 +33,13 @@ static void put_char(char c)
     outb(COM1, (u8)c);
 }
 
-static void put(const char *text)
+void put(const char *text)
 {
     while (*text)
         put_char(*text++);
 }
 
-static void put_number(u64 value)
+void put_number(u64 value)
 {
     char digits[21];
     int at = 20;
@@ -72,7 +55,7 @@ static void put_number(u64 value)
     put(digits + at);
 }
 
-static void put_hex(u32 value)
+void put_hex(u32 value)
 {
     for (int shift = 28; shift >= 0; shift -= 4)
         put_char("0123456789abcdef"[value >> shift & 15]);
@@ -129,8 +112,9 @@ static void power_off_if_asked(void)
 
 /* ---- time: ticks of the PM timer, which goes on at the target where it stopped at the source ---- */
 
+u64 now_ms;
 static u32 last_tick;
-static u64 now_ms, ms_ticks;
+static u64 ms_ticks;
 
 /* Ticks since the last call; also carries now_ms on. Must be called every 4 s or more often. */
 static u32 elapsed_ticks(void)
@@ -266,10 +250,13 @@ void guest(u32 blocks_above_16m)
         outb(0x70, 0x80 | reg);
         clock = clock * 31 + inb(0x71);
     }
-    put("\r\nBOOT "), put_hex(parameters.guest_id), put_hex(clock * 2654435761u ^ tsc);
+    u32 boot = clock * 2654435761u ^ tsc;
+    put("\r\nBOOT "), put_hex(parameters.guest_id), put_hex(boot);
     put(" pages "), put_number(pages), put(" rate "), put_number(rate), put("\r\n");
     start_interrupts();
     fill();
+    if (parameters.write_ms)
+        find_disks(boot);
 
     /* Credit is counted in bytes per second times ticks, so that no division is needed. */
     const u64 page_cost = (u64)PAGE_BYTES * PM_HZ;
@@ -282,6 +269,7 @@ void guest(u32 blocks_above_16m)
         if (credit > most_credit)
             credit = most_credit;
         beat_if_due();
+        write_records();
         if (rate == AS_FAST_AS_IT_CAN)
             credit = page_cost * (BATCH_PAGES + 1);
         for (u32 i = 0; i < BATCH_PAGES && credit >= page_cost; i++, credit -= page_cost)
