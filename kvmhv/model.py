@@ -376,6 +376,8 @@ class Mode(enum.StrEnum):
 
     SHARED_NOTHING = "shared-nothing"
     SHARED_STORAGE = "shared-storage"
+    STORAGE = "storage"
+    """Nothing but disks, from one location of a host to another (Hyper-V: Move-VMStorage)."""
 
 
 class Outcome(enum.StrEnum):
@@ -469,6 +471,18 @@ class MoveRequest(Struct, frozen=True, kw_only=True):
     performance: str | None = None
     blackout_limit_ms: Annotated[int, Meta(ge=0, le=3_600_000)] | None = None
     on_overrun: str | None = None
+
+
+class StorageMoveRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `kvmhv vm move-storage` asks for."""
+
+    vm: str
+    location: str
+    disks: tuple[str, ...] = ()
+    """Empty: every disk of the VM that is not there yet."""
+    lun: Annotated[int, Meta(ge=0, le=16383)] | None = None
+    """To an iSCSI location: which LUN."""
+    bandwidth_bytes_per_s: Bytes | None = None
 
 
 class DiskCopy(Struct, frozen=True, kw_only=True):
@@ -683,6 +697,10 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """Source, then target."""
     plan: Plan | None = None
     """What was decided; in the report of the end only."""
+    disks: tuple[DiskCopy, ...] = ()
+    """A storage move: which disks go from where to where."""
+    writes_held_ms: float | None = None
+    """A storage move: how long the guest's disk requests waited at the change from the old images to the new ones."""
 
 
 class ErrorBody(Struct, frozen=True, kw_only=True):

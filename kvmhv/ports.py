@@ -11,6 +11,7 @@ from typing import Protocol
 
 from kvmhv.model import (
     Accel,
+    DiskCopy,
     DiskIo,
     IncomingAddress,
     Layer,
@@ -107,6 +108,10 @@ class Hypervisor(Protocol):
         `kernel_paths`: kernel and initrd of a VM with direct kernel boot. Raises HostError `qemu-start` with QEMU's own
         words; then no process is left.
         """
+        ...
+
+    async def start_idle(self, vm: Vm, disk_paths: dict[str, tuple[DiskPlace, ...]]) -> None:
+        """Start a QEMU with the disks of a stopped VM, whose guest never runs: a storage move copies with it."""
         ...
 
     async def power_button(self, vm_id: str) -> None:
@@ -228,6 +233,39 @@ class Hypervisor(Protocol):
         Returns the migration's final status: `completed` means that it was too late to cancel it, `gone` that there is
         no process any more. Raises HostError `qemu-hangs` when even that does not end it in time.
         """
+        ...
+
+    # storage moves
+    async def copy_disks(
+        self,
+        vm: Vm,
+        copies: tuple[DiskCopy, ...],
+        disk_paths: Mapping[str, tuple[DiskPlace, ...]],
+        bandwidth_bytes_per_s: int,
+        timeout_s: float,
+    ) -> None:
+        """Begin to copy disks of this host to their new images, which are made; `vm` and `disk_paths` name those.
+
+        What fails later is in `mirror_stats`; `ready` there: nothing is left to copy. Raises HostError `mirror-failed`.
+        """
+        ...
+
+    async def hold_writes(self, vm_id: str, disks: tuple[str, ...], timeout_s: float) -> None:
+        """Let the guest's disk requests wait, with old and new images alike and on stable storage.
+
+        They wait until release_writes or undo_copies, whatever becomes of the agent. Raises HostError `mirror-failed`.
+        """
+        ...
+
+    async def release_writes(self, vm_id: str) -> tuple[str, ...]:
+        """Let the guest go on with the new images, and close the old ones.
+
+        Returns the disks that QEMU left on their old images. Raises HostError `qemu-hangs`, `qemu-gone`.
+        """
+        ...
+
+    async def undo_copies(self, vm_id: str, timeout_s: float) -> None:
+        """End the copies; the guest goes on with the old images. Raises HostError `qemu-hangs`."""
         ...
 
 

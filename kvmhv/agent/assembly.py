@@ -26,6 +26,7 @@ from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.owners import Owners
 from kvmhv.agent.settings import Settings
 from kvmhv.agent.sharing import Sharing
+from kvmhv.agent.storage_moves import StorageMoves
 from kvmhv.agent.timed_journal import TimedJournal
 from kvmhv.agent.vm_states import VmStates
 from kvmhv.agent.vms import Vms
@@ -79,7 +80,7 @@ class Agent:
             probes=NetworkProbes(ground.clock),
             chronicle=ground.chronicle,
         )
-        self._locations.moving = self._open_moves.moving
+        self._locations.moving = self._open_moves.touched
         moves = Moves(
             config=config,
             settings=ground.settings,
@@ -96,6 +97,17 @@ class Agent:
             open_moves=self._open_moves,
             log_of_events=ground.log_of_events,
         )
+        storage_moves = StorageMoves(
+            config=config,
+            settings=ground.settings,
+            vms=self._vms,
+            hypervisor=ground.qemu,
+            disks=disks,
+            journal=journal,
+            clock=ground.clock,
+            open_moves=self._open_moves,
+            log_of_events=ground.log_of_events,
+        )
         self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving)
         self._io_watch = IoWatch(
             ground.qemu,
@@ -106,9 +118,9 @@ class Agent:
             moves=self._open_moves.reports,
         )
         self._other_hosts = OtherHosts(trust, peer)
-        self._listener = Listener(self._services(ground, images, moves))
+        self._listener = Listener(self._services(ground, images, moves, storage_moves))
 
-    def _services(self, ground: "_Ground", images: Images, moves: Moves) -> Services:
+    def _services(self, ground: "_Ground", images: Images, moves: Moves, storage_moves: StorageMoves) -> Services:
         """Return what the API may use."""
         config, settings, trust = self._config, ground.settings, ground.trusting.trust
         tokens = Tokens(ground.database, ground.clock, config.limits.tokens)
@@ -147,6 +159,7 @@ class Agent:
             io_watch=self._io_watch,
             events=ground.log_of_events,
             moves=moves,
+            storage_moves=storage_moves,
             running_moves=self._open_moves.reports,
             recent_moves=ground.chronicle.recent,
             doctor=doctor,

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from kvmhv.errors import KvmhvError
-from kvmhv.model import Asked, Event, IoStall, MoveReport, Outcome, Phase, Vm
+from kvmhv.model import Asked, Event, IoStall, Mode, MoveReport, Outcome, Phase, Vm
 from kvmhv.ports import Clock, Records
 
 KIND = "events"
@@ -121,16 +121,32 @@ def move_asked(report: MoveReport, asked: Asked) -> Event:
     return msgspec.structs.replace(draft, asked=asked)
 
 
-def move_refused(vm: str, target: str, asked: Asked, error: KvmhvError) -> Event:
+def storage_move_asked(report: MoveReport, asked: Asked) -> Event:
+    """Return the event of a storage move that was asked for and admitted here."""
+    draft = _draft("move-asked", report, f"{asked} asked to move {_disks(report)}")
+    return msgspec.structs.replace(draft, asked=asked)
+
+
+def storage_move_refused(vm: str, location: str, asked: Asked, error: KvmhvError) -> Event:
+    """Return the event of a storage move that was not admitted here."""
+    return move_refused(f"the disks of {vm}", f"location {location}", asked, error, vm)
+
+
+def _disks(report: MoveReport) -> str:
+    ways = (f"{it.disk} from {it.source_layers[0].location} to {it.target_layers[0].location}" for it in report.disks)
+    return f"{report.vm}'s {', '.join(ways)}"
+
+
+def move_refused(what: str, target: str, asked: Asked, error: KvmhvError, vm: str | None = None) -> Event:
     """Return the event of a move that was not admitted here."""
     return Event(
         number=0,
         at=0,
         host="",
         kind="move-refused",
-        text=f"{asked} asked to move {vm} to {target}: {error.message} ({error.code})",
+        text=f"{asked} asked to move {what} to {target}: {error.message} ({error.code})",
         hyperv=OVER_LIMIT if error.code in LIMIT_CODES else None,
-        vm=vm,
+        vm=vm or what,
         asked=asked,
     )
 
@@ -155,6 +171,8 @@ def needs_operator(report: MoveReport) -> Event:
 
 def move_ended(report: MoveReport) -> tuple[Event, ...]:
     """Return the events of a move's end; the figures are told by its source."""
+    if report.mode is Mode.STORAGE:
+        return (_storage_move_ended(report),)
     if report.outcome is Outcome.DONE:
         text = f"{report.vm} moved from {report.source} to {report.target}"
         succeeded = _draft("move-done", report, text, SUCCEEDED)
@@ -165,6 +183,16 @@ def move_ended(report: MoveReport) -> tuple[Event, ...]:
     code = report.error.code if report.error else ""
     text = f"the move of {report.vm} from {report.source} to {report.target} failed: {why}"
     return (_draft("move-failed", report, text, OVER_LIMIT if code in LIMIT_CODES else FAILED),)
+
+
+def _storage_move_ended(report: MoveReport) -> Event:
+    if report.outcome is Outcome.DONE:
+        held = f"; its requests waited {report.writes_held_ms:.0f} ms" if report.writes_held_ms is not None else ""
+        return _draft("move-done", report, f"moved {_disks(report)}{held}")
+    why = report.reason or str(report.outcome)
+    if report.outcome is Outcome.CANCELLED:
+        return _draft("move-cancelled", report, why)
+    return _draft("move-failed", report, f"the move of {_disks(report)} failed: {why}")
 
 
 def _figures(report: MoveReport) -> tuple[Event, ...]:

@@ -135,6 +135,11 @@ class _Figures:
             "From the VM's stop to its first answer to its probe (counted by the source; only VMs with a probe).",
             BLACKOUT_BUCKETS_S,
         )
+        self._held_s = histogram(
+            "writes_held_seconds",
+            "How long a guest's disk requests waited while a storage move changed its images.",
+            BLACKOUT_BUCKETS_S,
+        )
         self._passes = histogram("passes", "Complete passes of pre-copy before the guest was stopped.", PASS_BUCKETS)
         self._migrations = counter("s", "Moves that ended.", "direction", "mode", "outcome", "reason")
         self._bytes = counter("_bytes", "Bytes that moves sent, however they ended.", "kind")
@@ -147,7 +152,7 @@ class _Figures:
         mode = report.mode.value if report.mode is not None else "none"
         reason = report.error.code if report.error is not None else "none"
         self._migrations.labels(report.direction, mode, report.outcome.value, reason).inc()
-        if report.direction != "out":
+        if report.direction == "in":
             return
         self._bytes.labels("memory").inc(report.memory_bytes)
         self._bytes.labels("disk").inc(report.disk_bytes)
@@ -162,6 +167,8 @@ class _Figures:
             self._phase_s.labels(phase.phase.value, mode).observe(phase.seconds)
         if report.blackout_ms is not None:
             self._blackout_s.observe(report.blackout_ms / 1000)
+        if report.writes_held_ms is not None:
+            self._held_s.observe(report.writes_held_ms / 1000)
         if report.switchover is not None:
             self._passes.observe(report.switchover.pass_number)
 

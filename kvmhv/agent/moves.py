@@ -170,8 +170,8 @@ class Moves:
         Raises Refused `cancel-at-source` on the target's agent, CallerError `move-ended`.
         """
         report = await self.show(move_id)
-        runner = self._open.find(report.id, SOURCE)
-        if runner is None and self._open.find(report.id, TARGET) is not None:
+        runner = self._open.any(report.id)
+        if runner is not None and runner.machine.role == TARGET:
             raise Refused(
                 "cancel-at-source",
                 "a move is cancelled at its source",
@@ -189,42 +189,43 @@ class Moves:
 
     async def choices(self, move_id: str) -> tuple[Choice, ...]:
         """Return what an operator can decide about an open move on this host, each with its consequences."""
-        return resolve.choices((await self._standing(move_id)).state)
+        return resolve.choices((await self._standing(move_id))[1])
 
     async def resolve(self, move_id: str, run_at: RunAt, asked: Asked) -> MoveReport:
         """Take the operator's word for that of the side that is silent.
 
         Raises CallerError `move-unknown`, `resolve-unneeded`, `resolve-impossible`.
         """
-        runner = await self._standing(move_id)
-        offered = {choice.run_at for choice in resolve.choices(runner.state)}
+        runner, state = await self._standing(move_id)
+        offered = {choice.run_at for choice in resolve.choices(state)}
         if run_at not in offered:
             known = ", ".join(sorted(offered))
             text = f"this move cannot be resolved by running the VM at the {run_at} from {self._config.name}"
             raise CallerError("resolve-impossible", text, f"the choices here are: {known}", http_status=409)
-        log.warning("move resolved by the operator", move=runner.state.move_id, run_at=str(run_at), caller=str(asked))
-        if resolve.ends_copy(runner.state, run_at):
-            await self._hypervisor.kill(runner.state.vm.id)
-        for fact in resolve.words(runner.state, run_at, self._clock.monotonic_ms(), str(asked)):
+        log.warning("move resolved by the operator", move=state.move_id, run_at=str(run_at), caller=str(asked))
+        if resolve.ends_copy(state, run_at):
+            await self._hypervisor.kill(state.vm.id)
+        for fact in resolve.words(state, run_at, self._clock.monotonic_ms(), str(asked)):
             runner.put(fact)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RESOLVE_WAIT_S):
                 await runner.ended.wait()
         return runner.report()
 
-    async def _standing(self, move_id: str) -> Runner:
+    async def _standing(self, move_id: str) -> tuple[Runner, SourceState | TargetState]:
         report = await self.show(move_id)
-        runner = self._open.find(report.id, SOURCE) or self._open.find(report.id, TARGET)
-        if runner is None or not resolve.choices(runner.state):
+        runner = self._open.any(report.id)
+        state = runner.state if runner is not None else None
+        if runner is None or not isinstance(state, SourceState | TargetState) or not resolve.choices(state):
             text = f"the move {report.id} does not wait for an operator on {self._config.name} (it is {report.outcome})"
             todo = f"see `kvmhv move show` on {report.source} and {report.target}"
             raise CallerError("resolve-unneeded", text, todo, http_status=409)
-        return runner
+        return runner, state
 
     async def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
         """Yield the report now and after each change; ends after one whose outcome is not `running`."""
         report = await self.show(move_id)
-        runner = self._open.find(report.id, SOURCE) or self._open.find(report.id, TARGET)
+        runner = self._open.any(report.id)
         if runner is None:
             yield report
             return

@@ -10,14 +10,16 @@ from kvmhv.agent.answer_gap import AnswerGap
 from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.link import Link
 from kvmhv.agent.network_gap import NetworkGap
-from kvmhv.agent.runner import Runner
+from kvmhv.agent.runner import Runner, State
 from kvmhv.agent.source_effects import SourceMachine
+from kvmhv.agent.storage_effects import STORAGE, StorageMachine
 from kvmhv.agent.target_effects import TargetMachine
 from kvmhv.agent.vms import Vms
 from kvmhv.config import Config
-from kvmhv.core import admission, facts, first_frame, recover
+from kvmhv.core import admission, facts, first_frame, recover, storage_move
 from kvmhv.core.effects import Effect
 from kvmhv.core.source_state import SourceState
+from kvmhv.core.storage_state import StorageState
 from kvmhv.core.target import TargetState
 from kvmhv.errors import HostError
 from kvmhv.model import MoveReport, Outcome, Vm
@@ -68,6 +70,10 @@ class OpenMoves:
         """Return the runner of an open move."""
         return self._runners.get((move_id, role))
 
+    def any(self, move_id: str) -> Runner | None:
+        """Return the runner of an open move, whatever this host's part in it is."""
+        return next((found for role in (SOURCE, TARGET, STORAGE) if (found := self.find(move_id, role))), None)
+
     def reports(self) -> tuple[MoveReport, ...]:
         """Return how every open move stands."""
         return tuple(runner.report() for runner in self._runners.values())
@@ -79,6 +85,7 @@ class OpenMoves:
         arriving = [state for state in states if isinstance(state, TargetState)]
         copying = sum(state.request.include_storage and bool(state.vm.disks) for state in leaving)
         copying += sum(bool(state.plan.disk_copies) for state in arriving)
+        copying += len(self.changing_storage())
         return admission.Load(moves_out=len(leaving), moves_in=len(arriving), storage_copies=copying)
 
     def promised_bytes(self) -> int:
@@ -87,8 +94,18 @@ class OpenMoves:
         return sum(state.plan.target_vm.memory_bytes for state in states if isinstance(state, TargetState))
 
     def moving(self) -> tuple[Vm, ...]:
-        """Return the VMs of every open move."""
-        return tuple(runner.state.vm for runner in self._runners.values())
+        """Return the VMs that leave or arrive."""
+        states = (runner.state for runner in self._runners.values())
+        return tuple(state.vm for state in states if not isinstance(state, StorageState))
+
+    def touched(self) -> tuple[Vm, ...]:
+        """Return every VM that a move works on, as it will be."""
+        return (*self.moving(), *self.changing_storage())
+
+    def changing_storage(self) -> tuple[Vm, ...]:
+        """Return the VMs whose disks change their location here, as they will be."""
+        states = (runner.state for runner in self._runners.values())
+        return tuple(state.target_vm for state in states if isinstance(state, StorageState))
 
     def leave(self, state: SourceState) -> Runner:
         """Begin a move out; the VM is claimed already."""
@@ -100,6 +117,12 @@ class OpenMoves:
         """Begin a move in, on the connection that brought its offer; the VM is claimed already."""
         runner = self._target_runner(state, link)
         self._launch(runner, [], facts.Offered(at_ms=self._clock.monotonic_ms()))
+        return runner
+
+    def move_storage(self, state: StorageState) -> Runner:
+        """Begin to move disks on this host; the VM is claimed already."""
+        runner = self._storage_runner(state)
+        self._launch(runner, [], facts.Started(at_ms=self._clock.monotonic_ms()))
         return runner
 
     async def recover(self) -> None:
@@ -126,7 +149,7 @@ class OpenMoves:
 
     # ---
 
-    async def _recover(self, state: SourceState | TargetState) -> None:
+    async def _recover(self, state: State) -> None:
         seen = await self._hypervisor.state(state.vm.id)
         found = facts.Restarted(
             at_ms=self._clock.monotonic_ms(),
@@ -141,6 +164,10 @@ class OpenMoves:
             self._vms.claim(state.vm.name, state.move_id)
             state, effects = recover.recover_source(state, found)
             runner = self._source_runner(state)
+        elif isinstance(state, StorageState):
+            self._vms.claim(state.vm.name, state.move_id)
+            state, effects = storage_move.recover(state, found)
+            runner = self._storage_runner(state)
         else:
             self._vms.claim(state.vm.name, state.move_id, state.vm)
             state, effects = recover.recover_target(state, found)
@@ -155,6 +182,12 @@ class OpenMoves:
         machine.put = runner.put
         hello = Hello(move_id=state.move_id, host=state.source, role=SOURCE, epoch=state.hold.epoch)
         runner.link = Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
+        return runner
+
+    def _storage_runner(self, state: StorageState) -> Runner:
+        machine = StorageMachine(state, self._hypervisor, self._vms, self._clock)
+        runner = Runner(machine, state, self._clock, self._journal, self._limit)
+        machine.put = runner.put
         return runner
 
     def _target_runner(self, state: TargetState, link: Link | None) -> Runner:
@@ -177,6 +210,25 @@ class OpenMoves:
         self._spawn(self._run(runner, effects), f"move {runner.state.move_id}")
 
     async def _run(self, runner: Runner, effects: list[Effect]) -> None:
+        state = runner.state
+        try:
+            report = await self._run_linked(runner, effects) if runner.link else await runner.run(effects)
+        except Exception:
+            log.exception("the move's runner broke; its journal is kept", move=state.move_id)
+            return
+        self._runners.pop((state.move_id, runner.machine.role), None)
+        self._vms.release(state.vm.name, state.move_id)
+        self._vms.disks.settle_owner(state.vm)
+        log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
+        self._chronicle.ended(report)
+        if isinstance(state, SourceState):
+            self._spawn(self._end_leaving(state, report), f"answer gap of {state.move_id}")
+        gap = self._gaps.pop(state.move_id, None) if isinstance(state, TargetState) else None
+        if gap is not None:
+            self._spawn(self._end_gap(gap, report), f"network gap of {state.move_id}")
+
+    async def _run_linked(self, runner: Runner, effects: list[Effect]) -> MoveReport:
+        """Run a move with another agent."""
         state, link = runner.state, runner.link
         assert link is not None
         leaving = isinstance(state, SourceState)
@@ -185,24 +237,11 @@ class OpenMoves:
         try:
             report = await runner.run(effects)
             await link.drain(LAST_WORDS_S)
-        except Exception:
-            log.exception("the move's runner broke; its journal is kept", move=state.move_id)
-            return
+            return report
         finally:
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
             self._spawn(link.close(), f"last words of {state.move_id}")
-        self._runners.pop((state.move_id, runner.machine.role), None)
-        self._vms.release(state.vm.name, state.move_id)
-        self._vms.disks.settle_owner(state.vm)
-        log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
-        self._chronicle.ended(report)
-        if isinstance(state, SourceState):
-            self._spawn(self._end_leaving(state, report), f"answer gap of {state.move_id}")
-            return
-        gap = self._gaps.pop(state.move_id, None)
-        if gap is not None:
-            self._spawn(self._end_gap(gap, report), f"network gap of {state.move_id}")
 
     async def _end_leaving(self, state: SourceState, report: MoveReport) -> None:
         """A guest that answers its probe when its move is over: it goes into the record then."""
@@ -234,7 +273,9 @@ class OpenMoves:
                 runner.put_event(event)
 
 
-def _decode(role: str, encoded: bytes) -> SourceState | TargetState:
+def _decode(role: str, encoded: bytes) -> State:
     if role == SOURCE:
         return msgspec.msgpack.decode(encoded, type=SourceState)
+    if role == STORAGE:
+        return msgspec.msgpack.decode(encoded, type=StorageState)
     return msgspec.msgpack.decode(encoded, type=TargetState)

@@ -25,9 +25,11 @@ from kvmhv.core.effects import (
     Send,
     SetTimer,
     UndoSource,
+    UndoStorage,
     UndoTarget,
 )
 from kvmhv.core.source_state import SourceState
+from kvmhv.core.storage_state import StorageState
 from kvmhv.core.target import TargetState
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.messages import AnyMessage
@@ -37,9 +39,12 @@ from kvmhv.ports import Journal as JournalPort
 
 log = structlog.get_logger(__name__)
 
-State = SourceState | TargetState
-TAKES_BACK = (UndoSource, UndoTarget, EndCopy)
-WORK = ("SendFiles", "MirrorDisks", "SendMemory", "StopGuest", "FinishMirrors", "ContinueSwitchover", "Unexport")
+State = SourceState | TargetState | StorageState
+TAKES_BACK = (UndoSource, UndoTarget, UndoStorage, EndCopy)
+WORK = (
+    *("SendFiles", "MirrorDisks", "SendMemory", "StopGuest", "FinishMirrors", "ContinueSwitchover", "Unexport"),
+    *("MakeImages", "CopyDisks", "HoldWrites"),
+)
 """Effects that have lost their meaning when the move's traces are taken back."""
 
 FINISH_WAIT_S = 30.0

@@ -7,7 +7,9 @@ from functools import partial
 
 import structlog
 
+from kvmhv.agent import mirroring
 from kvmhv.agent.answer_gap import AnswerGap
+from kvmhv.agent.mirroring import POLL_S
 from kvmhv.agent.runner import State
 from kvmhv.agent.vms import Vms
 from kvmhv.core import facts, source
@@ -26,14 +28,11 @@ from kvmhv.core.effects import (
     UndoSource,
 )
 from kvmhv.core.source_state import SourceState, report
-from kvmhv.errors import HostError, KvmhvError
+from kvmhv.errors import KvmhvError
 from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Plan, Vm
 from kvmhv.ports import Clock, Flows, FlowWatch, Hypervisor, MemoryStats, Peer, QemuEvent
 
 log = structlog.get_logger(__name__)
-
-POLL_S = 0.25
-"""Between two looks at the progress of disks and memory; decisions hang on events, not on this."""
 
 FILES_S = 300.0
 
@@ -122,18 +121,7 @@ class SourceMachine:
     async def _mirror_disks(self, effect: MirrorDisks) -> facts.Fact:
         await self._count(effect.plan, effect.address)
         await self._hypervisor.mirror(self._vm, effect.plan, effect.address, self._psk_hex)
-        while True:
-            stats = await self._hypervisor.mirror_stats(self._vm.id)
-            for mirror in stats:
-                if mirror.error:
-                    raise HostError("mirror-failed", f"copying {mirror.disk} of {self._vm.name}: {mirror.error}")
-            copied_bytes = sum(mirror.copied_bytes for mirror in stats)
-            total_bytes = sum(mirror.total_bytes for mirror in stats)
-            now_ms = self._clock.monotonic_ms()
-            self.put(facts.MirrorProgress(at_ms=now_ms, copied_bytes=copied_bytes, total_bytes=total_bytes))
-            if stats and all(mirror.ready for mirror in stats):
-                return facts.MirrorsReady(at_ms=now_ms, copied_bytes=copied_bytes)
-            await asyncio.sleep(POLL_S)
+        return await mirroring.until_ready(self._hypervisor, self._clock, self._vm, self.put)
 
     async def _send_memory(self, effect: SendMemory) -> None:
         await self._count(effect.plan, effect.address)

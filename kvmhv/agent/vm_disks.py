@@ -94,22 +94,38 @@ class VmDisks:
         All or nothing, and only once. Raises what Disks.create raises, above all HostError `file-exists`.
         """
         ledger = self._read(vm.id)
-        if ledger is not None and ledger.complete:
-            return
-        await self.undo(vm.id)
-        self._write(vm.id, Ledger(arriving=True))
+        if ledger is None or not ledger.complete:
+            await self.make_images(vm.id, vm, names)
+
+    async def make_images(self, key: str, vm: Vm, names: Collection[str] | None) -> None:
+        """Make every layer of these disks; `key` names what was made, for undo_images() and keep().
+
+        All or nothing. Raises as make_empty().
+        """
+        await self.undo(key)
+        self._write(key, Ledger(arriving=True))
         try:
             for disk in _named(vm, names):
                 backing: Layer | None = None
                 for layer in reversed(disk.layers):
                     size_bytes = layer.size_bytes or disk.size_bytes
-                    await self._make(vm.id, layer, partial(self._disks.create, layer, size_bytes, backing))
+                    await self._make(key, layer, partial(self._disks.create, layer, size_bytes, backing))
                     backing = layer
         except BaseException:
-            await self.undo(vm.id)
+            await self.undo(key)
             raise
-        ledger = self._read(vm.id) or Ledger()
-        self._write(vm.id, msgspec.structs.replace(ledger, complete=True))
+        ledger = self._read(key) or Ledger()
+        self._write(key, msgspec.structs.replace(ledger, complete=True))
+
+    async def undo_images(self, key: str) -> None:
+        """Delete what make_images() made. If the storage does not let it go, the agent's next start tries again."""
+        try:
+            await self.undo(key)
+        except KvmhvError:
+            ledger = self._read(key)
+            if ledger is not None:
+                self._write(key, msgspec.structs.replace(ledger, arriving=False))
+            raise
 
     async def remove(self, vm: Vm, names: Collection[str] | None) -> None:
         """Delete the own layers of these disks (None: of all) of a defined VM, else what was made for its arrival.
@@ -130,6 +146,19 @@ class VmDisks:
             for depth, layer in enumerate(disk.layers):
                 if belongs_to_vm(vm.name, depth, layer) and (layer.location, layer.path) not in others:
                     await self._disks.remove(layer)
+
+    def redefine(self, vm: Vm) -> None:
+        """Let a VM's record say where its disks are now, on disk when it returns. Raises CallerError `vm-unknown`."""
+        record = self._vms.get(vm.id) or self._vms.named(vm.name)
+        if record.vm != vm:
+            self._vms.put(msgspec.structs.replace(record, vm=vm))
+
+    async def remove_layers(self, vm_name: str, layers: Collection[Layer]) -> None:
+        """Delete the layers of one disk, the top first, that were a VM's own and are of no VM now."""
+        used = {(it.location, it.path) for record in self._vms.all() for disk in record.vm.disks for it in disk.layers}
+        for depth, layer in enumerate(layers):
+            if belongs_to_vm(vm_name, depth, layer) and (layer.location, layer.path) not in used:
+                await self._disks.remove(layer)
 
     async def undo(self, vm_id: str) -> None:
         """Delete what was made for a VM that is not defined here; no error if there is nothing."""

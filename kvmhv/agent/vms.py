@@ -73,7 +73,8 @@ class Vms:
         for record in self._records.all():
             if record.vm.id in known:
                 self._disks.settle_owner(record.vm)
-                if not record.should_run:  # the agent ended between the start and its record
+                moving = self._claims.move_of(record.vm.name) is not None
+                if not record.should_run and not moving:  # the agent ended between the start and its record
                     self._records.put(msgspec.structs.replace(record, should_run=True, exit_reason=None))
             else:
                 await self._ends.settle(record.vm.id)

@@ -10,7 +10,7 @@ import click
 from kvmhv.cli import move_html, output
 from kvmhv.cli.address import segment
 from kvmhv.cli.connection import Agent
-from kvmhv.cli.move_report import draw_check, draw_report
+from kvmhv.cli.move_report import draw_check, draw_report, ends_of
 from kvmhv.cli.parameters import HOST, MOVE, VM, Rate, Size
 from kvmhv.cli.progress import view
 from kvmhv.cli.session import Session, json_option
@@ -122,8 +122,19 @@ def move_vm(
     if dry_run:
         return _check(session, request, with_plan=True)
     agent = session.agent()
+    path = f"vms/{segment(name)}/move"
+    return begun_or_waited(
+        session,
+        agent,
+        lambda: agent.call("POST", path, MoveReport, body=request, timeout_s=CHECK_TIMEOUT_S),
+        no_wait=no_wait,
+    )
+
+
+def begun_or_waited(session: Session, agent: Agent, begin: Callable[[], MoveReport], *, no_wait: bool) -> int:
+    """Begin a move, and wait for its end unless that is not wanted; returns the exit status."""
     try:
-        begun = agent.call("POST", f"vms/{segment(name)}/move", MoveReport, body=request, timeout_s=CHECK_TIMEOUT_S)
+        begun = begin()
     except KeyboardInterrupt:
         output.note("whether the move has begun is not known; see: kvmhv move list")
         raise
@@ -171,8 +182,7 @@ def _draw_moves(moves: Sequence[MoveReport]) -> None:
         (
             it.id,
             it.vm,
-            it.source,
-            it.target,
+            *ends_of(it),
             it.outcome,
             it.phase if it.outcome is Outcome.RUNNING else None,
             f"{it.progress * 100:.0f} %",

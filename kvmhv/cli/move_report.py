@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kvmhv.cli import output
-from kvmhv.model import Finding, MoveReport, MoveRequest, Outcome, Plan
+from kvmhv.model import DiskCopy, Finding, Mode, MoveReport, MoveRequest, Outcome, Plan
 
 _VERBS = {
     Outcome.RUNNING: "is moving",
@@ -39,25 +39,39 @@ def _draw_plan(request: MoveRequest, plan: Plan) -> None:
             ("estimate", f"{output.seconds_text(plan.estimate_seconds)}, {output.size_text(plan.estimate_bytes)}"),
         ]
     )
-    if plan.disk_copies:
-        rows = [
-            (
-                copy.disk,
-                output.size_text(copy.size_bytes),
-                output.size_text(copy.used_bytes),
-                f"{copy.source_layers[0].location}/{copy.source_layers[0].path}",
-                f"{copy.target_layers[0].location}/{copy.target_layers[0].path}",
-                len(copy.source_layers),
-            )
-            for copy in plan.disk_copies
-        ]
+    _draw_disks(plan.disk_copies)
+
+
+def _draw_disks(copies: Sequence[DiskCopy]) -> None:
+    rows = [
+        (
+            copy.disk,
+            output.size_text(copy.size_bytes),
+            output.size_text(copy.used_bytes),
+            f"{copy.source_layers[0].location}/{copy.source_layers[0].path}",
+            f"{copy.target_layers[0].location}/{copy.target_layers[0].path}",
+            len(copy.source_layers),
+        )
+        for copy in copies
+    ]
+    if rows:
         output.table(("disk", "size", "used", "at the source", "at the target", "layers"), rows)
+
+
+def ends_of(report: MoveReport) -> tuple[str, str]:
+    """Return from where to where: hosts, or for a storage move locations of its host."""
+    if report.mode is not Mode.STORAGE:
+        return report.source, report.target
+    sources = dict.fromkeys(copy.source_layers[0].location for copy in report.disks)
+    targets = dict.fromkeys(copy.target_layers[0].location for copy in report.disks)
+    return f"{report.source}/{','.join(sources)}", f"{report.target}/{','.join(targets)}"
 
 
 def draw_report(report: MoveReport) -> None:
     """Print phases and passes with their times, why it switched over, the blackout."""
     mode = f" ({report.mode})" if report.mode else ""
-    output.say(f"{report.vm} {_VERBS[report.outcome]}: {report.source} to {report.target}{mode}, move {report.id}")
+    source, target = ends_of(report)
+    output.say(f"{report.vm} {_VERBS[report.outcome]}: {source} to {target}{mode}, move {report.id}")
     if report.phases:
         output.table(("phase", "time"), [(done.phase, output.seconds_text(done.seconds)) for done in report.phases])
     if report.passes:
@@ -73,15 +87,13 @@ def draw_report(report: MoveReport) -> None:
             for done in report.passes
         ]
         output.table(("pass", "sent", "remaining", "rate", "dirtied", "time"), rows)
+    _draw_disks(report.disks)
     output.pairs(_summary(report))
 
 
-def _summary(report: MoveReport) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [("outcome", report.outcome)]
-    if report.reason:
-        rows.append(("reason", report.reason))
-    if report.switchover:
-        rows.append(("switchover", f"{report.switchover.reason}, after pass {report.switchover.pass_number}"))
+def _interruptions(report: MoveReport) -> list[tuple[str, object]]:
+    """What the guest and its users may have noticed."""
+    rows: list[tuple[str, object]] = []
     if report.blackout_ms is not None:
         sure = report.blackout_uncertainty_ms
         rows.append(("blackout", f"{report.blackout_ms:.1f} ms" + (f" (± {sure:.1f} ms)" if sure is not None else "")))
@@ -96,7 +108,20 @@ def _summary(report: MoveReport) -> list[tuple[str, object]]:
         rows.append(("network gap", f"{report.network_gap_ms:.1f} ms"))
     if report.answer_gap_ms is not None:
         rows.append(("first answer", f"after {report.answer_gap_ms:.1f} ms"))
-    rows.append(("memory", output.size_text(report.memory_bytes)))
+    if report.writes_held_ms is not None:
+        rows.append(("requests held", f"{report.writes_held_ms:.1f} ms"))
+    return rows
+
+
+def _summary(report: MoveReport) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("outcome", report.outcome)]
+    if report.reason:
+        rows.append(("reason", report.reason))
+    if report.switchover:
+        rows.append(("switchover", f"{report.switchover.reason}, after pass {report.switchover.pass_number}"))
+    rows += _interruptions(report)
+    if report.mode is not Mode.STORAGE:
+        rows.append(("memory", output.size_text(report.memory_bytes)))
     rows.append(("disks", output.size_text(report.disk_bytes)))
     if report.wire_bytes is not None:
         rows.append(("on the wire", output.size_text(report.wire_bytes)))

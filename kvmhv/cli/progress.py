@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from kvmhv.cli import output
+from kvmhv.cli.move_report import ends_of
 from kvmhv.model import Estimate, MoveReport, Outcome, Pass, Phase
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def news(old: MoveReport | None, new: MoveReport) -> list[str]:
     """Return what happened between two reports of a move, in the order in which it happened."""
     lines: list[tuple[float, str]] = []
     if old is None:
-        lines.append((-1, f"move {new.id}: {new.vm} from {new.source} to {new.target}"))
+        source, target = ends_of(new)
+        lines.append((-1, f"move {new.id}: {new.vm} from {source} to {target}"))
     reached = -1 if old is None else PHASES.index(old.phase)
     lines += [(PHASES.index(phase), f"phase {phase}") for phase in _begun(new) if PHASES.index(phase) > reached]
     lines += _storage_news(old, new)

@@ -14,6 +14,7 @@ from kvmhv.cli.connection import Agent
 from kvmhv.cli.move import check, move_vm
 from kvmhv.cli.parameters import IMAGE, NEW, VM, DiskText, Size
 from kvmhv.cli.session import Session, json_option
+from kvmhv.cli.storage_move import move_storage
 from kvmhv.model import CPUS_MAX, Disk, DiskSpec, IoStall, Nic, VmDetails, VmSpec, VmSummary
 
 CREATE_TIMEOUT_S = 3600.0
@@ -30,6 +31,7 @@ def vm() -> None:
 
 vm.add_command(check)
 vm.add_command(move_vm)
+vm.add_command(move_storage)
 
 
 def _details(agent: Agent, name: str) -> VmDetails:

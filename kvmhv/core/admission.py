@@ -40,6 +40,14 @@ def admit_in(
     return _storage(settings, host, load) if with_storage else None
 
 
+def admit_storage(settings: HostSettings, host: str, load: Load) -> Refusal | None:
+    """Return why no disks may change their location on this host now, None if they may.
+
+    It is no live migration: as with Hyper-V it does not depend on `migration.enabled`.
+    """
+    return _storage(settings, host, load)
+
+
 def _storage(settings: HostSettings, host: str, load: Load) -> Refusal | None:
     if load.storage_copies < settings.storage_copies:
         return None

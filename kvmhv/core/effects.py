@@ -5,7 +5,7 @@ handover.py alone.
 """
 
 from kvmhv.messages import AnyMessage
-from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Plan, Struct, Vm
+from kvmhv.model import DiskCopy, ErrorBody, IncomingAddress, Layer, MoveReport, Plan, Struct, Vm
 
 
 class Effect(Struct, frozen=True, kw_only=True):
@@ -138,3 +138,54 @@ class UndoTarget(Effect, frozen=True, kw_only=True):
     """End the incoming QEMU, delete the disks, taps and files that were made. Answered by Undone."""
 
     plan: Plan
+
+
+# --- a storage move
+
+
+class MakeImages(Effect, frozen=True, kw_only=True):
+    """Make the empty images that a storage move fills, and own them. Answered by ImagesMade."""
+
+    vm: Vm
+    """As it will be defined."""
+    disks: tuple[str, ...]
+
+
+class CopyDisks(Effect, frozen=True, kw_only=True):
+    """Copy disks to their new images while the guest writes. Answered by MirrorProgress, ..., MirrorsReady."""
+
+    vm: Vm
+    copies: tuple[DiskCopy, ...]
+    bandwidth_bytes_per_s: int
+    timeout_s: float
+
+
+class HoldWrites(Effect, frozen=True, kw_only=True):
+    """Let the guest's requests wait, with the old images and the new ones alike and flushed. Answered by WritesHeld."""
+
+    timeout_s: float
+
+
+class Redefine(Effect, frozen=True, kw_only=True):
+    """Let the VM's record name these images, on disk. Answered by Redefined."""
+
+    vm: Vm
+
+
+class ReleaseWrites(Effect, frozen=True, kw_only=True):
+    """Let the guest go on with the new images, and the old ones go. Answered by WritesReleased."""
+
+
+class RemoveImages(Effect, frozen=True, kw_only=True):
+    """Delete images that no record names any more, and give up their ownership. Answered by ImagesRemoved."""
+
+    layers: tuple[tuple[Layer, ...], ...]
+    """Each disk's, the top first."""
+
+
+class UndoStorage(Effect, frozen=True, kw_only=True):
+    """End the copies; the guest goes on with the old images, the new ones are deleted. Answered by Undone."""
+
+    vm: Vm
+    """As it was: so its record says."""
+    timeout_s: float

@@ -210,6 +210,35 @@ class FirstFrame(Fact, frozen=True, kw_only=True):
     after_resume_ms: float
 
 
+# --- a storage move
+
+
+class ImagesMade(Fact, frozen=True, kw_only=True):
+    """The new images are there, empty, and owned."""
+
+
+class WritesHeld(Fact, frozen=True, kw_only=True):
+    """The guest's disk requests wait since `told_ms` at the earliest; old and new images hold the same, flushed."""
+
+    told_ms: float
+
+
+class Redefined(Fact, frozen=True, kw_only=True):
+    """The VM's record says so, on disk."""
+
+
+class WritesReleased(Fact, frozen=True, kw_only=True):
+    """The guest's disk requests go on, to the new images but for the disks in `stayed`, which QEMU did not change."""
+
+    stayed: tuple[str, ...] = ()
+
+
+class ImagesRemoved(Fact, frozen=True, kw_only=True):
+    """What was to be deleted is gone, or told in `warnings`."""
+
+    warnings: tuple[str, ...] = ()
+
+
 # --- after a restart of the agent
 
 

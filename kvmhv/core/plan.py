@@ -42,7 +42,8 @@ def make(
         if not checks.moves(disk, source, target, request):
             disks.append(disk)
             continue
-        arrived = msgspec.structs.replace(disk, layers=_target_layers(vm, disk, request.storage))
+        where = request.storage or disk.layers[0].location
+        arrived = msgspec.structs.replace(disk, layers=own_layers(vm, disk, where))
         disks.append(arrived)
         copies.append(
             DiskCopy(
@@ -81,14 +82,13 @@ def _capabilities(copies: list[DiskCopy], source: Inventory, target: Inventory) 
     return (*checks.NEEDED_CAPABILITIES, checks.LATE) if late else checks.NEEDED_CAPABILITIES
 
 
-def _target_layers(vm: Vm, disk: Disk, storage: str | None) -> tuple[Layer, ...]:
-    """Lay a disk's chain out at the target: every layer is the VM's own there, named after disk and depth."""
+def own_layers(vm: Vm, disk: Disk, location: str) -> tuple[Layer, ...]:
+    """Lay a disk's chain out in a location: every layer is the VM's own there, named after disk and depth."""
     layers = []
     for depth, layer in enumerate(disk.layers):
         name = disk.name if depth == 0 else f"{disk.name}.base{depth}"
         path = f"{vm.name}/{name}.{layer.format.value}"
-        where = storage or disk.layers[0].location
-        layers.append(msgspec.structs.replace(layer, location=where, path=path))
+        layers.append(msgspec.structs.replace(layer, location=location, path=path))
     return tuple(layers)
 
 

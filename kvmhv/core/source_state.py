@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
@@ -314,7 +315,21 @@ def with_progress(state: SourceState, now_ms: float) -> SourceState:
     return update(state, progress=now, progress_ms=now_ms)
 
 
-def phase_times(state: SourceState, now_ms: float) -> tuple[PhaseTime, ...]:
+class Marked(Protocol):
+    """What has phases."""
+
+    @property
+    def marks(self) -> tuple[PhaseMark, ...]:
+        """When each phase began."""
+        ...
+
+    @property
+    def ended_ms(self) -> float | None:
+        """When the last one ended."""
+        ...
+
+
+def phase_times(state: Marked, now_ms: float) -> tuple[PhaseTime, ...]:
     """Return how long each phase took, the running one up to now."""
     if not state.marks:
         return ()

@@ -42,6 +42,7 @@ from kvmhv.model import (
     PhaseTime,
     Problem,
     Severity,
+    StorageMoveRequest,
     Vm,
     VmDetails,
     VmSpec,
@@ -165,6 +166,15 @@ class Images:
 
     async def remove(self, name: str) -> None:
         self.stored.clear()
+
+
+@dataclass
+class StorageMoves:
+    moves: "Moves"
+
+    async def start(self, request: StorageMoveRequest, asked: Asked) -> MoveReport:
+        self.moves.callers.append(str(asked))
+        return report("s1", vm=request.vm)
 
 
 @dataclass
@@ -332,6 +342,7 @@ def compose(config: Config) -> Host:
         io_watch=IoWatch(outside, clock, log_of_events, 10.0, vms=lambda: (), moves=lambda: ()),
         events=log_of_events,
         moves=moves,
+        storage_moves=StorageMoves(moves),
         running_moves=lambda: tuple(moves.reports),
         recent_moves=lambda: (),
         doctor=Doctor(),

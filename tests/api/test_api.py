@@ -62,6 +62,8 @@ async def test_settings_change_all_or_none(make_host: Any) -> None:
         ("POST", "/v1/vms", b'{"name":"a","memory_bytes":"1"}', 400, "request-invalid"),
         ("POST", "/v1/vms/web01/stop", b'{"timeout_s":-1}', 400, "request-invalid"),
         ("POST", "/v1/vms/web01/move", b'{"vm":"other","target":"host2"}', 400, "request-invalid"),
+        ("POST", "/v1/vms/web01/move-storage", b'{"vm":"other","location":"nfs"}', 400, "request-invalid"),
+        ("POST", "/v1/vms/web01/move-storage", b'{"vm":"web01","location":"nfs","lun":-1}', 400, "request-invalid"),
         ("DELETE", "/v1/vms/web01?keep_disks=perhaps", None, 400, "request-invalid"),
         ("PUT", "/v1/images/a/bios", b"x", 404, "image-part"),
         ("PUT", "/v1/images/a/disk?format=vmdk", b"x", 400, "request-invalid"),
@@ -184,6 +186,9 @@ async def test_moves(make_host: Any, move_report: Any) -> None:
             assert await response.json() == {"findings": [], "plan": None}
         async with local.post("/v1/vms/web01/move", json=request) as response:
             assert (response.status, (await response.json())["id"]) == (202, "m1")
+        disks = {"vm": "web01", "location": "nfs", "disks": ["disk0"]}
+        async with local.post("/v1/vms/web01/move-storage", json=disks) as response:
+            assert (response.status, (await response.json())["id"]) == (202, "s1")
         async with local.get("/v1/moves/abc") as response:
             assert (await response.json())["id"] == "abc1"
         async with local.post("/v1/moves/abd2/cancel") as response:

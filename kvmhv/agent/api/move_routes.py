@@ -1,4 +1,4 @@
-"""Routes of moves: check, start, list, watch, cancel."""
+"""Routes of moves: check, start (to another host, of disks on this one), list, watch, cancel."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from kvmhv.agent.api.route import Call, Route
 from kvmhv.agent.api.services import CheckReport, Services
 from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.errors import CallerError, KvmhvError
-from kvmhv.model import MoveReport, MoveRequest, Struct
+from kvmhv.model import MoveReport, MoveRequest, StorageMoveRequest, Struct
 
 EVENT_INTERVAL_S = 0.1
 """Reports that come faster are skipped but for the newest; the last one is never skipped."""
@@ -26,6 +26,14 @@ async def check(api: Services, call: Call) -> CheckReport:
 async def start(api: Services, call: Call) -> MoveReport:
     """Answer POST /v1/vms/{name}/move."""
     return await api.moves.start(_request(call), call.asked())
+
+
+async def start_storage(api: Services, call: Call) -> MoveReport:
+    """Answer POST /v1/vms/{name}/move-storage."""
+    body: StorageMoveRequest = call.body
+    if body.vm != call.path("name"):
+        raise CallerError("request-invalid", f"the path names VM {call.path('name')!r}, the body {body.vm!r}")
+    return await api.storage_moves.start(body, call.asked())
 
 
 async def list_moves(api: Services, call: Call) -> tuple[MoveReport, ...]:
@@ -139,6 +147,15 @@ MOVE_ROUTES = (
         doc="Begin a move.",
         handler=start,
         request=MoveRequest,
+        response=MoveReport,
+        status=202,
+    ),
+    Route(
+        method="POST",
+        path="/v1/vms/{name}/move-storage",
+        doc="Begin to move a VM's disks to another location of this host; it runs on.",
+        handler=start_storage,
+        request=StorageMoveRequest,
         response=MoveReport,
         status=202,
     ),

@@ -27,6 +27,7 @@ from kvmhv.model import (
     MoveRequest,
     Plan,
     Problem,
+    StorageMoveRequest,
     Struct,
     Vm,
     VmDetails,
@@ -175,6 +176,14 @@ class Moves(Protocol):
         ...
 
 
+class StorageMoves(Protocol):
+    """Disks that change their location on this host."""
+
+    async def start(self, request: StorageMoveRequest, asked: Asked) -> MoveReport:
+        """Begin to move disks; returns when it is admitted."""
+        ...
+
+
 class VmStates(Protocol):
     """What the VMs do, known without asking their QEMUs."""
 
@@ -227,6 +236,7 @@ class Services:
     io_watch: IoWatch
     events: Events
     moves: Moves
+    storage_moves: StorageMoves
     running_moves: RunningMoves
     recent_moves: RunningMoves
     """The last ones that ended, the newest first."""

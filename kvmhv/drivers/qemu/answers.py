@@ -102,6 +102,19 @@ class BlockNode(Answer, frozen=True, kw_only=True):
     """Since QEMU 10.0."""
 
 
+class BlockDevice(Answer, frozen=True, kw_only=True):
+    """One of query-block."""
+
+    qdev: str = ""
+    inserted: BlockNode | None = None
+
+
+class ObjectProperty(Answer, frozen=True, kw_only=True):
+    """One of qom-list."""
+
+    name: str
+
+
 class DirtyRate(Answer, frozen=True, kw_only=True):
     """query-dirty-rate."""
 

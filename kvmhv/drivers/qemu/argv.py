@@ -51,6 +51,8 @@ class Launch(Struct, frozen=True, kw_only=True):
     """Each nic's tap."""
     kernel_paths: KernelPaths | None = None
     incoming: bool = False
+    paused: bool = False
+    """The guest is not to run."""
     arriving: dict[str, int] = msgspec.field(default_factory=dict)
     """Move in: how many layers of a disk, from the top, are written by the move."""
     buffered: frozenset[DiskPlace] = frozenset()
@@ -77,7 +79,9 @@ def build(launch: Launch) -> list[str]:
     for option, value in pairs:
         argv += [option, value]
     if launch.incoming:
-        argv += ["-incoming", "defer", "-S"]
+        argv += ["-incoming", "defer"]
+    if launch.incoming or launch.paused:
+        argv.append("-S")
     return argv
 
 

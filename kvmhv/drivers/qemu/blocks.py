@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from kvmhv.drivers.qemu.answers import Job
 from kvmhv.drivers.qemu.graph import Node, file_node, layer_node
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
-from kvmhv.drivers.qemu.nodes import named, used_bytes
+from kvmhv.drivers.qemu.nodes import named, top_nodes, used_bytes
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLost, QmpRefused
 from kvmhv.drivers.qemu.rundir import VmDir, keep_json, read_json
 from kvmhv.errors import HostError, KvmhvError
@@ -99,7 +99,7 @@ async def seal(qmp: Qmp, directory: VmDir) -> None:
 
 
 @dataclass
-class _Layer:
+class LayerCopy:
     """A backing layer's copy."""
 
     index: int
@@ -108,11 +108,13 @@ class _Layer:
 
 
 @dataclass
-class _DiskState:
+class DiskState:
     """One disk's copy: layers first, then the top's mirror."""
 
     copy: DiskCopy
-    layers: list[_Layer]
+    top: str
+    """Its top node at the source: `disk0`, or another one after a storage move."""
+    layers: list[LayerCopy]
     mirroring: bool = False
     error: str = ""
 
@@ -121,7 +123,7 @@ class _DiskState:
 class Mirrors:
     """The copies of one VM's disks during one move."""
 
-    disks: dict[str, _DiskState] = field(default_factory=dict)
+    disks: dict[str, DiskState] = field(default_factory=dict)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
 
     async def close(self) -> None:
@@ -135,10 +137,11 @@ class Mirrors:
 async def begin(qmp: Qmp, plan: Plan, port: int) -> Mirrors:
     """Begin to copy every disk of the plan; returns when the first jobs run. Raises HostError `mirror-failed`."""
     mirrors = Mirrors()
+    tops = await top_nodes(qmp)
     try:
         for copy in plan.disk_copies:
-            layers = [_Layer(index, used) for index, used in await _backing_layers(qmp, copy)]
-            state = mirrors.disks[copy.disk] = _DiskState(copy, layers)
+            layers = await backing_layers(qmp, copy, tops[copy.disk])
+            state = mirrors.disks[copy.disk] = DiskState(copy, tops[copy.disk], layers)
             if layers:
                 task = _copy_disk(qmp, plan, port, state)
                 mirrors.tasks.append(asyncio.create_task(task, name=f"copy {copy.disk}"))
@@ -146,24 +149,24 @@ async def begin(qmp: Qmp, plan: Plan, port: int) -> Mirrors:
                 await _mirror_top(qmp, plan, port, state)
     except QmpRefused as error:
         await mirrors.close()
-        raise _failed(error.message) from error
+        raise failed(error.message) from error
     return mirrors
 
 
 async def stats(qmp: Qmp, mirrors: Mirrors) -> tuple[MirrorStats, ...]:
     """Return each disk's progress, over all its layers. Raises HostError when QEMU does not answer."""
-    jobs = await _jobs(qmp)
+    under_way = await jobs(qmp)
     found = []
     for name, state in mirrors.disks.items():
         copied = sum(layer.copied_bytes for layer in state.layers)
         total = sum(max(layer.total_bytes, layer.copied_bytes) for layer in state.layers)
-        top = jobs.get(MIRROR + name)
+        top = under_way.get(MIRROR + name)
         if top is not None:
             copied += top.current_progress
             total += top.total_progress
         elif not state.mirroring:
             total += state.copy.used_bytes
-        error = state.error or _job_error(top, state.mirroring)
+        error = state.error or job_error(top, state.mirroring)
         found.append(
             MirrorStats(
                 disk=name,
@@ -181,7 +184,7 @@ async def finish(qmp: Qmp, disks: tuple[str, ...]) -> None:
 
     Raises HostError `mirror-failed`: a mirror was not in sync; the target's image is then of no use.
     """
-    await asyncio.gather(*(_finish(qmp, MIRROR + disk) for disk in disks))
+    await asyncio.gather(*(finish_job(qmp, MIRROR + disk) for disk in disks))
     names = [f"{TARGET}{disk}" for disk in disks]
     await qmp.together(
         *(("job-dismiss", {"id": MIRROR + disk}) for disk in disks),
@@ -196,8 +199,8 @@ async def undo(qmp: Qmp, timeout_s: float) -> None:
     """
     try:
         async with asyncio.timeout(timeout_s):
-            for job_id, job in (await _jobs(qmp)).items():
-                await _end_by_force(qmp, job_id, job.status)
+            for job_id, job in (await jobs(qmp)).items():
+                await end_by_force(qmp, job_id, job.status)
             names = [node.node_name for node in await named(qmp)]
             for name in names:
                 if name.startswith((TARGET, COPY)):
@@ -209,21 +212,21 @@ async def undo(qmp: Qmp, timeout_s: float) -> None:
 # ---
 
 
-async def _backing_layers(qmp: Qmp, copy: DiskCopy) -> list[tuple[int, int]]:
-    """Return (index, allocated bytes) of the backing layers that travel, the lowest first."""
+async def backing_layers(qmp: Qmp, copy: DiskCopy, top: str) -> list[LayerCopy]:
+    """Return the backing layers that travel with their allocated bytes, the lowest first."""
     indexes = range(layers_arriving(copy) - 1, 0, -1)
     if not indexes:
         return []
     used = await used_bytes(qmp)
-    return [(index, used.get(layer_node(copy.disk, index), 0)) for index in indexes]
+    return [LayerCopy(index, used.get(layer_node(top, index), 0)) for index in indexes]
 
 
-async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> None:
+async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: DiskState) -> None:
     """Copy the backing layers, the lowest first, then begin the top's mirror; what fails is kept in `state.error`."""
     try:
         async with asyncio.timeout(plan.timeouts.storage_s):
             for layer in state.layers:
-                await _copy_layer(qmp, plan, port, state.copy, layer)
+                await _copy_layer(qmp, plan, port, state, layer)
             await _mirror_top(qmp, plan, port, state)
     except TimeoutError:
         state.error = f"not copied in {plan.timeouts.storage_s:g} s"
@@ -231,73 +234,77 @@ async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> None
         state.error = error.message
 
 
-async def _copy_layer(qmp: Qmp, plan: Plan, port: int, copy: DiskCopy, layer: _Layer) -> None:
-    name = layer_node(copy.disk, layer.index)
+async def _copy_layer(qmp: Qmp, plan: Plan, port: int, state: DiskState, layer: LayerCopy) -> None:
+    name = layer_node(state.copy.disk, layer.index)
+    await _add_target(qmp, plan, port, name)
+    pace_of_it = pace(plan.rule.bandwidth_bytes_per_s, len(plan.disk_copies))
+    await copy_layer(qmp, state, layer, TARGET + name, pace_of_it)
+    await qmp.execute("blockdev-del", {"node-name": TARGET + name})
+
+
+async def copy_layer(qmp: Qmp, state: DiskState, layer: LayerCopy, target: str, pace_of_it: dict[str, int]) -> None:
+    """Copy a backing layer as it is to a node. Raises HostError `mirror-failed`."""
+    name = layer_node(state.copy.disk, layer.index)
     source: Node = {
-        "driver": copy.source_layers[layer.index].format.value,
+        "driver": state.copy.source_layers[layer.index].format.value,
         "node-name": COPY + name,
-        "file": file_node(copy.disk, layer.index),
+        "file": file_node(state.top, layer.index),
         "read-only": True,
     }
-    lowest = layer.index + 1 >= len(copy.source_layers)
-    if copy.source_layers[layer.index].format is DiskFormat.QCOW2:
-        source["backing"] = None if lowest else layer_node(copy.disk, layer.index + 1)
+    lowest = layer.index + 1 >= len(state.copy.source_layers)
+    if state.copy.source_layers[layer.index].format is DiskFormat.QCOW2:
+        source["backing"] = None if lowest else layer_node(state.top, layer.index + 1)
     await qmp.execute("blockdev-add", source)
-    await _add_target(qmp, plan, port, name)
     job_id = LAYER + name
     await qmp.execute(
         "blockdev-mirror",
         {
             "job-id": job_id,
             "device": COPY + name,
-            "target": TARGET + name,
+            "target": target,
             "sync": "full" if lowest else "top",
-            **_pace(plan),
+            **pace_of_it,
             "auto-dismiss": False,
         },
     )
     while True:
-        job = (await _jobs(qmp)).get(job_id)
-        error = _job_error(job, started=True)
+        job = (await jobs(qmp)).get(job_id)
+        error = job_error(job, started=True)
         if job is None or error:
-            raise _failed(f"{name}: {error}")
+            raise failed(f"{name}: {error}")
         layer.copied_bytes, layer.total_bytes = job.current_progress, job.total_progress
         if job.status == "ready":
             break
         await asyncio.sleep(POLL_S)
-    await _finish(qmp, job_id)
-    await qmp.together(
-        ("job-dismiss", {"id": job_id}),
-        ("blockdev-del", {"node-name": TARGET + name}),
-        ("blockdev-del", {"node-name": COPY + name}),
-    )
+    await finish_job(qmp, job_id)
+    await qmp.together(("job-dismiss", {"id": job_id}), ("blockdev-del", {"node-name": COPY + name}))
 
 
-async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: _DiskState) -> None:
+async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: DiskState) -> None:
     disk = state.copy.disk
     await _add_target(qmp, plan, port, disk)
     await qmp.execute(
         "blockdev-mirror",
         {
             "job-id": MIRROR + disk,
-            "device": disk,
+            "device": state.top,
             "target": TARGET + disk,
             "sync": "top" if len(state.copy.target_layers) > 1 else "full",
             "copy-mode": "write-blocking",
-            **_pace(plan),
+            **pace(plan.rule.bandwidth_bytes_per_s, len(plan.disk_copies)),
             "auto-dismiss": False,
         },
     )
     state.mirroring = True
 
 
-def _pace(plan: Plan) -> dict[str, int]:
+def pace(bandwidth_bytes_per_s: int, disks: int) -> dict[str, int]:
     """Return the limit of one of the copies that run at once; the guest's own writes are not held.
 
     A mirror reads as much as its buffer holds and then pauses until that much was allowed: the buffer (16 MiB if not
     told) holds what goes in a second, or a slow copy would look like one that stands still.
     """
-    speed = plan.rule.bandwidth_bytes_per_s // max(1, len(plan.disk_copies))
+    speed = bandwidth_bytes_per_s // max(1, disks)
     if not speed:
         return {}
     return {"speed": speed, "buf-size": max(BUFFER_MIN_BYTES, min(BUFFER_MAX_BYTES, speed))}
@@ -336,12 +343,12 @@ async def _greeted(ip: str, port: int) -> None:
                 writer.close()
                 await writer.wait_closed()
     except TimeoutError:
-        raise _failed(f"the target's NBD server ({ip} port {port}) said nothing in {GREETING_TIMEOUT_S:g} s") from None
+        raise failed(f"the target's NBD server ({ip} port {port}) said nothing in {GREETING_TIMEOUT_S:g} s") from None
     except (OSError, EOFError) as error:
-        raise _failed(f"the target's NBD server ({ip} port {port}): {error}") from error
+        raise failed(f"the target's NBD server ({ip} port {port}): {error}") from error
 
 
-async def _finish(qmp: Qmp, job_id: str) -> None:
+async def finish_job(qmp: Qmp, job_id: str) -> None:
     """End a ready mirror job in sync; its end is an event, whose name says whether it was in sync."""
 
     def ended(event: Event) -> bool:
@@ -352,12 +359,13 @@ async def _finish(qmp: Qmp, job_id: str) -> None:
             await qmp.execute("block-job-cancel", {"device": job_id})
             event, _ = await qmp.wait(end, f"the end of {job_id}")
     except QmpRefused as error:
-        raise _failed(f"{job_id}: {error.description}") from error
+        raise failed(f"{job_id}: {error.description}") from error
     if event["event"] != "BLOCK_JOB_COMPLETED" or "error" in event["data"]:
-        raise _failed(f"{job_id}: {event['data'].get('error', 'it was not in sync')}")
+        raise failed(f"{job_id}: {event['data'].get('error', 'it was not in sync')}")
 
 
-async def _end_by_force(qmp: Qmp, job_id: str, status: str) -> None:
+async def end_by_force(qmp: Qmp, job_id: str, status: str) -> None:
+    """End a job, whatever it does, and forget it."""
     while status != "concluded":
         try:
             await qmp.execute("block-job-cancel", {"device": job_id, "force": True})
@@ -366,20 +374,21 @@ async def _end_by_force(qmp: Qmp, job_id: str, status: str) -> None:
             if "not" not in error.description.lower() and "in use" not in error.description.lower():
                 raise
         await asyncio.sleep(POLL_S / 5)
-        job = (await _jobs(qmp)).get(job_id)
+        job = (await jobs(qmp)).get(job_id)
         if job is None:
             return
         status = job.status
     await qmp.execute("job-dismiss", {"id": job_id})
 
 
-async def _jobs(qmp: Qmp) -> dict[str, Job]:
+async def jobs(qmp: Qmp) -> dict[str, Job]:
     """Return the jobs of moves by id."""
-    jobs = await qmp.ask(tuple[Job, ...], "query-jobs")
-    return {job.id: job for job in jobs if job.id.startswith((MIRROR, LAYER))}
+    found = await qmp.ask(tuple[Job, ...], "query-jobs")
+    return {job.id: job for job in found if job.id.startswith((MIRROR, LAYER))}
 
 
-def _job_error(job: Job | None, started: bool) -> str:
+def job_error(job: Job | None, started: bool) -> str:
+    """Return why a job has ended before its time, empty if it has not."""
     if job is None:
         return "its job is gone" if started else ""
     if job.status == "concluded":
@@ -387,5 +396,6 @@ def _job_error(job: Job | None, started: bool) -> str:
     return ""
 
 
-def _failed(text: str) -> HostError:
+def failed(text: str) -> HostError:
+    """Return the error of a copy."""
     return HostError("mirror-failed", f"copying a disk failed: {text}", "see both VMs' qemu.log; the guest runs on")

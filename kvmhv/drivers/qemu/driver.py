@@ -1,8 +1,6 @@
 """`Qemu`: ports.Hypervisor over real QEMU processes."""
 
 import asyncio
-import errno
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,18 +12,21 @@ from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
 from kvmhv.drivers.qemu.instance import Instance, marks
-from kvmhv.drivers.qemu.nodes import check_inactive, used_bytes
+from kvmhv.drivers.qemu.nodes import check_inactive, top_nodes, used_bytes
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
+from kvmhv.drivers.qemu.storage_moves import StorageMoves, has_direct
 from kvmhv.errors import HostError
-from kvmhv.model import DiskIo, IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
+from kvmhv.model import MIB, DiskIo, IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
 GONE = "gone"
+IDLE_MEMORY_BYTES = 32 * MIB
+"""Of a QEMU that only copies disks."""
 
 
-class Qemu:
+class Qemu(StorageMoves):
     """QEMU processes of this host. One agent uses a run_dir at a time; QEMU outlives it and is found again."""
 
     def __init__(self, config: Config, clock: Clock, on_answer: Callable[[float], None] = lambda seconds: None) -> None:
@@ -77,6 +78,13 @@ class Qemu:
     ) -> None:
         """Start the VM running; QMP answers when this returns."""
         await self._launch(await self._plan_launch(vm, disk_paths, taps, kernel_paths))
+
+    async def start_idle(self, vm: Vm, disk_paths: dict[str, tuple[DiskPlace, ...]]) -> None:
+        """Start a QEMU that has the VM's disks and never runs its guest; no error if it is there."""
+        if vm.id not in await self.known():
+            bare = msgspec.structs.replace(vm, memory_bytes=IDLE_MEMORY_BYTES, cpus=1, nics=(), kernel=None)
+            launch = await self._plan_launch(bare, disk_paths, {}, None)
+            await self._launch(msgspec.structs.replace(launch, paused=True))
 
     async def power_button(self, vm_id: str) -> None:
         """Press the ACPI power button."""
@@ -133,6 +141,7 @@ class Qemu:
         running = qmp.read(answers.Status, said[0], "query-status").running
         migration = qmp.read(answers.Migration, said[1], "query-migrate")
         used = await used_bytes(qmp) if vm.disks else {}
+        tops = await top_nodes(qmp) if vm.disks else {}
         sampled = None if running else 0.0
         if running and dirty_rate:
             sampled = await sampled_dirty_rate(qmp)
@@ -149,7 +158,7 @@ class Qemu:
             blockers=migration.blocked_reasons,
             compression=await self._page_samples(instance, vm) if pages else (),
             disk_used_bytes={
-                disk.name: sum(used.get(layer_node(disk.name, index), 0) for index in range(len(disk.layers)))
+                disk.name: sum(used.get(layer_node(tops[disk.name], index), 0) for index in range(len(disk.layers)))
                 for disk in vm.disks
             },
         )
@@ -333,7 +342,7 @@ class Qemu:
             kernel_paths=kernel_paths,
             incoming=incoming,
             arriving=arriving or {},
-            buffered=frozenset(path for paths in disk_paths.values() for path in paths if not _has_direct(path)),
+            buffered=frozenset(path for paths in disk_paths.values() for path in paths if not has_direct(path)),
         )
 
     async def _launch(self, launch: Launch) -> Instance:
@@ -373,14 +382,3 @@ class Qemu:
         blocks.remember_sealing(directory, sealed)
         disk_port = await blocks.export(qmp, ip, ports, nodes) if nodes else None
         return IncomingAddress(memory_port=await memory.listen(qmp, plan, ports), disk_port=disk_port)
-
-
-def _has_direct(path: DiskPlace) -> bool:
-    """Whether a file's file system can be used without its page cache (O_DIRECT); the network drivers have none."""
-    if not isinstance(path, Path):
-        return True
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno != errno.EINVAL
-    return True

@@ -4,6 +4,9 @@
       backing: disk0-b1 (read only) -> disk0-b1-file
         backing: disk0-b2 ...
 
+A storage move opens the new images beside the old ones, under names made of `disk0-alt`, and QEMU puts the new top in
+the place of the old one; the next storage move uses `disk0` again. Which it is now QEMU knows (nodes.top_nodes).
+
 At the target of a move the layers that are still to be copied are opened for writing (`arriving`); `blocks.seal` makes
 them read only again once the VM runs there.
 """
@@ -12,6 +15,14 @@ from kvmhv.model import Disk, DiskFormat, Layer
 from kvmhv.places import DiskPlace, Lun, NfsImage
 
 Node = dict[str, object]
+
+
+ALTERNATIVE = "-alt"
+
+
+def other_name(disk: str, top: str) -> str:
+    """Return the name for the nodes of a disk's new images, while its top node is `top`."""
+    return disk if top != disk else disk + ALTERNATIVE
 
 
 def layer_node(disk: str, index: int) -> str:
@@ -85,14 +96,15 @@ def disk_nodes(
         layer: Layer = disk.layers[index]
         without_direct = paths[index] in buffered
         nodes.append(open_file(disk.name, index, paths[index], buffered=without_direct))
-        nodes.append(
-            open_layer(
-                disk.name,
-                index,
-                len(paths),
-                layer.format,
-                read_only=index >= max(1, arriving),
-                buffered=without_direct,
-            )
+        node = open_layer(
+            disk.name,
+            index,
+            len(paths),
+            layer.format,
+            read_only=index >= max(1, arriving),
+            buffered=without_direct,
         )
+        if isinstance(paths[index], Lun) and layer.format is DiskFormat.RAW:
+            node["size"] = layer.size_bytes or disk.size_bytes  # the LUN may be larger
+        nodes.append(node)
     return nodes

@@ -1,6 +1,8 @@
 """What QEMU says of its block nodes."""
 
-from kvmhv.drivers.qemu.answers import BlockNode
+import re
+
+from kvmhv.drivers.qemu.answers import BlockDevice, BlockNode
 from kvmhv.drivers.qemu.qmp import Qmp
 from kvmhv.errors import HostError
 
@@ -14,6 +16,19 @@ async def check_inactive(qmp: Qmp, nodes: set[str]) -> None:
         if node.node_name in nodes and node.active is True:
             text = f"the incoming QEMU has {node.node_name} open for itself while the source runs from it"
             raise HostError("disk-active", text, "report this, with the version of QEMU")
+
+
+DEVICE = re.compile(r"/machine/peripheral/(.+)-device/virtio-backend")
+
+
+async def top_nodes(qmp: Qmp) -> dict[str, str]:
+    """Return the node that each disk's device reads and writes: `disk0` for disk0, until a storage move changed it."""
+    found = {}
+    for block in await qmp.ask(tuple[BlockDevice, ...], "query-block"):
+        device = DEVICE.fullmatch(block.qdev)
+        if device is not None and block.inserted is not None:
+            found[device[1]] = block.inserted.node_name
+    return found
 
 
 async def used_bytes(qmp: Qmp) -> dict[str, int]:

@@ -4,7 +4,7 @@
     run_dir/ended/<id>/  the logs of a QEMU that was ended, for the curious; the newest ENDED_KEPT only
 
 `incoming` marks a QEMU that was started for a move in, `cont-sent` that it was then told to run; `peer.json` is there
-while a move goes out.
+while a move goes out; `held` and `new-tops.json` belong to a storage move.
 """
 
 import contextlib
@@ -82,6 +82,16 @@ class VmDir:
     def cont_mark(self) -> Path:
         """Exists when an incoming QEMU may have run: written before `cont` is sent."""
         return self.path / "cont-sent"
+
+    @property
+    def held_mark(self) -> Path:
+        """Exists while a storage move has the guest stopped, on a QEMU that cannot hold its requests back alone."""
+        return self.path / "held"
+
+    @property
+    def new_tops(self) -> Path:
+        """The node names of the new images of the last storage move, by disk."""
+        return self.path / "new-tops.json"
 
     @property
     def peer(self) -> Path:
