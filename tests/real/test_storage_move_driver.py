@@ -87,9 +87,14 @@ class Host:
     async def copied(self, old: str, new: str) -> None:
         self.make(new)
         await self.qemu.copy_disks(self.vm(new), self.copies(old, new), self.paths(new), 0, 60.0)
+        assert await self.end_of_copy() == ""
 
-        while not (stats := (await self.qemu.mirror_stats(self.vm_id))[0]).ready:
-            assert stats.error == ""
+    async def end_of_copy(self) -> str:
+        """Wait until all is copied, or until that has failed: returns why."""
+        while True:
+            (stats,) = await self.qemu.mirror_stats(self.vm_id)
+            if stats.ready or stats.error:
+                return stats.error
             await asyncio.sleep(0.05)
 
     def holds(self, place: str, *patterns: tuple[int, int]) -> None:
@@ -198,9 +203,7 @@ async def test_a_new_image_that_is_full_costs_the_guest_nothing(
         run(made.img, "create", "-q", "-f", "qcow2", path, str(SIZE_BYTES))
         await made.qemu.copy_disks(made.vm("new"), made.copies("old", "new"), {"disk0": (path,)}, 0, 60.0)
 
-        while not (stats := (await made.qemu.mirror_stats(made.vm_id))[0]).error:
-            await asyncio.sleep(0.05)
-        assert "No space left" in stats.error
+        assert "No space left" in await made.end_of_copy()
         with pytest.raises(HostError) as refused:
             await made.qemu.hold_writes(made.vm_id, ("disk0",), 5.0)
         assert refused.value.code == "mirror-failed"

@@ -20,7 +20,7 @@ from kvmhv.drivers.qemu.blocks import DiskState, LayerCopy, Mirrors
 from kvmhv.drivers.qemu.graph import Node, disk_nodes, layer_node, other_name, secret_id
 from kvmhv.drivers.qemu.instance import Instance
 from kvmhv.drivers.qemu.nodes import top_nodes
-from kvmhv.drivers.qemu.qmp import Qmp, QmpLost
+from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
 from kvmhv.errors import KvmhvError
 from kvmhv.model import Disk, DiskCopy
 from kvmhv.places import DiskPlace, Lun
@@ -72,22 +72,16 @@ async def hold(instance: Instance, disks: tuple[str, ...], timeout_s: float) -> 
     """
     qmp = instance.qmp
     names = [blocks.MIRROR + disk for disk in disks]
-    await _write_to_both(qmp, names)
-    if qmp.version < HOLDS_REQUESTS and (await qmp.execute("query-status"))["running"]:
-        instance.directory.held_mark.touch()
-        await qmp.execute("stop")
     try:
         async with asyncio.timeout(timeout_s):
+            await _write_to_both(qmp, names)
+            if qmp.version < HOLDS_REQUESTS and (await qmp.execute("query-status"))["running"]:
+                instance.directory.held_mark.touch()
+                await qmp.execute("stop")
             await qmp.together(*(("job-complete", {"id": name}) for name in names))
-            while True:
-                jobs = await blocks.jobs(qmp)
-                for name in names:
-                    error = blocks.job_error(jobs.get(name), started=True)
-                    if error:
-                        raise blocks.failed(f"{name}: {error}")
-                if all(jobs[name]["status"] == "pending" for name in names):
-                    return
-                await asyncio.sleep(POLL_S)
+            await _pending(qmp, names)
+    except QmpRefused as error:
+        raise blocks.failed(error.message) from error
     except TimeoutError:
         raise blocks.failed(f"old and new images were not alike within {timeout_s:g} s") from None
 
@@ -217,6 +211,19 @@ async def _open(qmp: Qmp, image: NewImage, name: str, index: int) -> None:
         await qmp.execute("object-add", secret)
     for node in _nodes(image, name, index):
         await qmp.execute("blockdev-add", node)
+
+
+async def _pending(qmp: Qmp, names: list[str]) -> None:
+    """Wait until all jobs hold. Raises HostError `mirror-failed` when one has ended."""
+    while True:
+        jobs = await blocks.jobs(qmp)
+        for name in names:
+            error = blocks.job_error(jobs.get(name), started=True)
+            if error:
+                raise blocks.failed(f"{name}: {error}")
+        if all(jobs[name]["status"] == "pending" for name in names):
+            return
+        await asyncio.sleep(POLL_S)
 
 
 async def _ended(qmp: Qmp) -> None:
