@@ -237,8 +237,7 @@ async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: DiskState) -> None:
 async def _copy_layer(qmp: Qmp, plan: Plan, port: int, state: DiskState, layer: LayerCopy) -> None:
     name = layer_node(state.copy.disk, layer.index)
     await _add_target(qmp, plan, port, name)
-    pace_of_it = pace(plan.rule.bandwidth_bytes_per_s, len(plan.disk_copies))
-    await copy_layer(qmp, state, layer, TARGET + name, pace_of_it)
+    await copy_layer(qmp, state, layer, TARGET + name, pace(plan.rule.bandwidth_bytes_per_s, len(plan.disk_copies)))
     await qmp.execute("blockdev-del", {"node-name": TARGET + name})
 
 

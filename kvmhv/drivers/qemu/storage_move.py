@@ -11,17 +11,18 @@ writes. A QEMU that cannot change that under way (before 8.2) lets writes wait f
 """
 
 import asyncio
-import json
 import re
 from dataclasses import dataclass
 
 from kvmhv.drivers.qemu import blocks
+from kvmhv.drivers.qemu.answers import ObjectProperty, Status
 from kvmhv.drivers.qemu.blocks import DiskState, LayerCopy, Mirrors
 from kvmhv.drivers.qemu.graph import Node, disk_nodes, layer_node, other_name, secret_id
 from kvmhv.drivers.qemu.instance import Instance
-from kvmhv.drivers.qemu.nodes import top_nodes
+from kvmhv.drivers.qemu.nodes import named, top_nodes
 from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
-from kvmhv.errors import KvmhvError
+from kvmhv.drivers.qemu.rundir import keep_json, read_json
+from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import Disk, DiskCopy
 from kvmhv.places import DiskPlace, Lun
 
@@ -51,7 +52,7 @@ async def begin(instance: Instance, images: list[NewImage], bandwidth_bytes_per_
     await remove_unused(qmp)
     tops = await top_nodes(qmp)
     new_tops = {disk: other_name(disk, top) for disk, top in tops.items() if disk in {one.copy.disk for one in images}}
-    instance.directory.new_tops.write_text(json.dumps(new_tops))
+    keep_json(instance.directory.new_tops, new_tops)
     mirrors = Mirrors()
     pace = blocks.pace(bandwidth_bytes_per_s, len(images))
     for image in images:
@@ -75,7 +76,7 @@ async def hold(instance: Instance, disks: tuple[str, ...], timeout_s: float) -> 
     try:
         async with asyncio.timeout(timeout_s):
             await _write_to_both(qmp, names)
-            if qmp.version < HOLDS_REQUESTS and (await qmp.execute("query-status"))["running"]:
+            if qmp.version < HOLDS_REQUESTS and (await qmp.ask(Status, "query-status")).running:
                 instance.directory.held_mark.touch()
                 await qmp.execute("stop")
             await qmp.together(*(("job-complete", {"id": name}) for name in names))
@@ -93,11 +94,13 @@ async def release(instance: Instance) -> tuple[str, ...]:
     """
     qmp = instance.qmp
     for name, job in (await blocks.jobs(qmp)).items():
-        if job["status"] == "pending":
+        if job.status == "pending":
             await qmp.execute("job-finalize", {"id": name})
     await _ended(qmp)
     await _run_on(instance)
-    wanted: dict[str, str] = json.loads(instance.directory.new_tops.read_text())
+    wanted = read_json(instance.directory.new_tops, dict[str, str])
+    if wanted is None:
+        raise HostError("run-dir", f"{instance.directory.new_tops} cannot be read", "end the VM's QEMU by hand")
     now = await top_nodes(qmp)
     await remove_unused(qmp)
     return tuple(disk for disk, top in wanted.items() if now.get(disk) != top)
@@ -112,7 +115,7 @@ async def undo(instance: Instance, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             for name, job in (await blocks.jobs(instance.qmp)).items():
-                await blocks.end_by_force(instance.qmp, name, job["status"])
+                await blocks.end_by_force(instance.qmp, name, job.status)
             await _run_on(instance)
             await remove_unused(instance.qmp)
     except TimeoutError:
@@ -121,8 +124,8 @@ async def undo(instance: Instance, timeout_s: float) -> None:
 
 async def remove_unused(qmp: Qmp) -> None:
     """Close the images that no device uses: new ones of a move that was undone, old ones of one that is done."""
-    names = [node["node-name"] for node in await qmp.execute("query-named-block-nodes", {"flat": True})]
-    objects = [child["name"] for child in await qmp.execute("qom-list", {"path": "/objects"})]
+    names = [node.node_name for node in await named(qmp)]
+    objects = [one.name for one in await qmp.ask(tuple[ObjectProperty, ...], "qom-list", {"path": "/objects"})]
     for disk, top in (await top_nodes(qmp)).items():
         prefix = re.escape(other_name(disk, top))
         copies = [name for name in names if name.startswith(f"{blocks.COPY}{disk}-b")]
@@ -172,10 +175,10 @@ async def _converged(qmp: Qmp, job_id: str) -> None:
     first_bytes = 0
     while True:
         job = (await blocks.jobs(qmp)).get(job_id)
-        if job is None or job["status"] != "running":
+        if job is None or job.status != "running":
             return
-        first_bytes = first_bytes or job["total-progress"]
-        if first_bytes and job["current-progress"] >= first_bytes:
+        first_bytes = first_bytes or job.total_progress
+        if first_bytes and job.current_progress >= first_bytes:
             await _write_to_both(qmp, [job_id])
             return
         await asyncio.sleep(CONVERGING_POLL_S)
@@ -221,7 +224,7 @@ async def _pending(qmp: Qmp, names: list[str]) -> None:
             error = blocks.job_error(jobs.get(name), started=True)
             if error:
                 raise blocks.failed(f"{name}: {error}")
-        if all(jobs[name]["status"] == "pending" for name in names):
+        if all(jobs[name].status == "pending" for name in names):
             return
         await asyncio.sleep(POLL_S)
 
@@ -232,7 +235,7 @@ async def _ended(qmp: Qmp) -> None:
         async with asyncio.timeout(RELEASE_S):
             while under_way := await blocks.jobs(qmp):
                 for name, job in under_way.items():
-                    if job["status"] == "concluded":
+                    if job.status == "concluded":
                         await qmp.execute("job-dismiss", {"id": name})
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
