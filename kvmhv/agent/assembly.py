@@ -46,6 +46,7 @@ from kvmhv.drivers.probes import NetworkProbes
 from kvmhv.drivers.qemu import Qemu
 from kvmhv.drivers.storage.storage import Storage
 from kvmhv.errors import HostError
+from kvmhv.ports import Journal
 
 STOP_S = 4.5
 """An agent that is told to stop has ended after so long, whatever hangs; the journal holds what it did not finish."""
@@ -97,17 +98,6 @@ class Agent:
             open_moves=self._open_moves,
             log_of_events=ground.log_of_events,
         )
-        storage_moves = StorageMoves(
-            config=config,
-            settings=ground.settings,
-            vms=self._vms,
-            hypervisor=ground.qemu,
-            disks=disks,
-            journal=journal,
-            clock=ground.clock,
-            open_moves=self._open_moves,
-            log_of_events=ground.log_of_events,
-        )
         self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving)
         self._io_watch = IoWatch(
             ground.qemu,
@@ -118,9 +108,9 @@ class Agent:
             moves=self._open_moves.reports,
         )
         self._other_hosts = OtherHosts(trust, peer)
-        self._listener = Listener(self._services(ground, images, moves, storage_moves))
+        self._listener = Listener(self._services(ground, images, moves, journal))
 
-    def _services(self, ground: "_Ground", images: Images, moves: Moves, storage_moves: StorageMoves) -> Services:
+    def _services(self, ground: "_Ground", images: Images, moves: Moves, journal: Journal) -> Services:
         """Return what the API may use."""
         config, settings, trust = self._config, ground.settings, ground.trusting.trust
         tokens = Tokens(ground.database, ground.clock, config.limits.tokens)
@@ -141,6 +131,17 @@ class Agent:
             hypervisor=ground.qemu,
             disks=ground.disks,
             network=ground.network,
+        )
+        storage_moves = StorageMoves(
+            config=config,
+            settings=settings,
+            vms=self._vms,
+            hypervisor=ground.qemu,
+            disks=ground.disks,
+            journal=journal,
+            clock=ground.clock,
+            open_moves=self._open_moves,
+            log_of_events=ground.log_of_events,
         )
         return Services(
             config=config,

@@ -73,8 +73,7 @@ class Vms:
         for record in self._records.all():
             if record.vm.id in known:
                 self._disks.settle_owner(record.vm)
-                moving = self._claims.move_of(record.vm.name) is not None
-                if not record.should_run and not moving:  # the agent ended between the start and its record
+                if not record.should_run and not self._claims.move_of(record.vm.name):  # started, and not recorded
                     self._records.put(msgspec.structs.replace(record, should_run=True, exit_reason=None))
             else:
                 await self._ends.settle(record.vm.id)

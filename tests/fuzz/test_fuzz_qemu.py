@@ -60,6 +60,13 @@ ANSWERS: dict[str, Any] = {
         for disk in VM.disks
     ],
     "query-named-block-nodes": [{"node-name": "disk0", "image": {"actual-size": 5}, "active": True}],
+    "query-block": [
+        {
+            "device": "",
+            "qdev": "/machine/peripheral/disk0-device/virtio-backend",
+            "inserted": {"node-name": "disk0-alt"},
+        }
+    ],
     "query-dirty-rate": {"status": "measured", "dirty-rate": 3},
     "query-yank": [{"type": "migration"}, {"type": "block-node", "node-name": "target-disk0"}],
     "query-machines": [{"name": "pc-q35-7.2", "alias": "q35", "cpu-max": 255}],
@@ -82,7 +89,7 @@ class Said(Qmp):
 
 
 def _mirrors() -> blocks.Mirrors:
-    copies = {copy.disk: blocks._DiskState(copy, [], mirroring=True) for copy in PLAN.disk_copies}
+    copies = {copy.disk: blocks.DiskState(copy, copy.disk, [], mirroring=True) for copy in PLAN.disk_copies}
     return blocks.Mirrors(disks=copies)
 
 
@@ -91,6 +98,7 @@ READERS: dict[str, tuple[Callable[[Qmp], Awaitable[Any]], ...]] = {
     "query-migrate-capabilities": (lambda qmp: memory.set_capabilities(qmp, PLAN),),
     "query-jobs": (lambda qmp: blocks.stats(qmp, _mirrors()),),
     "query-named-block-nodes": (nodes.used_bytes, lambda qmp: nodes.check_inactive(qmp, {"disk1"})),
+    "query-block": (nodes.top_nodes,),
     "query-dirty-rate": (dirty_rate._measured,),
     "query-yank": (memory.yank,),
     **{
