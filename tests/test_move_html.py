@@ -140,7 +140,9 @@ def test_the_page_has_every_figure_and_nothing_from_outside() -> None:
         "events, multifd",
     ):
         assert text in seen.text, text
-    assert [attributes["role"] for tag, attributes in seen.tags if tag == "svg"] == ["img"] * 3
+    assert [attributes["role"] for tag, attributes in seen.tags if tag == "svg"] == ["img"] * 6, (
+        "each is drawn for wide and narrow pages"
+    )
     assert "prefers-color-scheme:dark" in page
     assert "@media print" in page
 

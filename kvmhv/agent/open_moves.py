@@ -221,8 +221,8 @@ class OpenMoves:
         self._vms.disks.settle_owner(state.vm)
         log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
         self._chronicle.ended(report)
-        if isinstance(state, SourceState):
-            self._spawn(self._end_leaving(state, report), f"answer gap of {state.move_id}")
+        if isinstance(runner.state, SourceState):
+            self._spawn(self._end_leaving(runner.state, report), f"answer gap of {state.move_id}")
         gap = self._gaps.pop(state.move_id, None) if isinstance(state, TargetState) else None
         if gap is not None:
             self._spawn(self._end_gap(gap, report), f"network gap of {state.move_id}")

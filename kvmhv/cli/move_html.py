@@ -31,6 +31,7 @@ STEPS = {
     "granted": "the grant has arrived",
     "running": "the guest runs at the target",
     "first-frame": "the switch sees the guest's first frame",
+    "first-answer": "the guest answers its probe",
 }
 
 
@@ -83,10 +84,20 @@ def _figures(report: MoveReport) -> str:
     found = [
         ("Blackout", _ms(report.blackout_ms), "" if sure is None else f"&plusmn; {sure:.1f} ms"),
         ("Network gap", _ms(report.network_gap_ms), "stop to first frame"),
+        *(
+            []
+            if report.answer_gap_ms is None
+            else [("First answer", _ms(report.answer_gap_ms), "of the guest's probe")]
+        ),
         ("Whole move", output.seconds_text(total_s), ""),
         ("Passes", str(len(report.passes)), _text(report.switchover.reason) if report.switchover else ""),
         ("Memory sent", output.size_text(report.memory_bytes), ""),
         ("Disks sent", output.size_text(report.disk_bytes), ""),
+        *(
+            []
+            if report.wire_bytes is None
+            else [("On the wire", output.size_text(report.wire_bytes), "with TLS, by TCP")]
+        ),
     ]
     cells = "".join(
         f"<div><dt>{name}</dt><dd>{_text(value)}</dd>{f'<dd class=note>{note}</dd>' if note else ''}</div>"
@@ -114,7 +125,9 @@ def _phases(report: MoveReport) -> Iterable[str]:
         )
         for one in report.phases
     ]
-    yield _section("Phases", move_plots.phases(report.phases) + _table(("Phase", "#Time", "#Share", "What"), rows))
+    yield _section(
+        "Phases", move_plots.phases(report.phases) + _table("Phases", ("Phase", "#Time", "#Share", "What"), rows)
+    )
 
 
 def _passes(report: MoveReport) -> Iterable[str]:
@@ -137,7 +150,7 @@ def _passes(report: MoveReport) -> Iterable[str]:
         by = "the pass limit" if report.switchover.reason == "pass-limit" else "the threshold"
         why = f"<p>The guest was stopped by {by} after pass {report.switchover.pass_number}, with {rest} to send.</p>"
     head = ("#Pass", "#Sent", "#Remaining", "#Rate", "#Dirtied", "#Time")
-    yield _section("Passes", why + move_plots.passes(report.passes) + _table(head, rows))
+    yield _section("Passes", why + move_plots.passes(report.passes) + _table("Passes", head, rows))
 
 
 def _blackout(report: MoveReport) -> Iterable[str]:
@@ -153,7 +166,7 @@ def _blackout(report: MoveReport) -> Iterable[str]:
         f"{f' (&plusmn; {report.blackout_uncertainty_ms:.1f} ms)' if report.blackout_uncertainty_ms else ''}.</p>"
     )
     plot = move_plots.blackout(report.blackout_steps, STEPS)
-    yield _section("Blackout", text + plot + _table(("Step", "Host", "#At", "#Took"), rows))
+    yield _section("Blackout", text + plot + _table("Steps of the blackout", ("Step", "Host", "#At", "#Took"), rows))
 
 
 def _findings(findings: Sequence[Finding], warnings: Sequence[str]) -> Iterable[str]:
@@ -167,7 +180,7 @@ def _findings(findings: Sequence[Finding], warnings: Sequence[str]) -> Iterable[
         )
         for one in findings
     ]
-    body = _table(("Severity", "Finding", "Object", "Host", "What, and what to do"), rows) if rows else ""
+    body = _table("Findings", ("Severity", "Finding", "Object", "Host", "What, and what to do"), rows) if rows else ""
     if warnings:
         body += "<ul>" + "".join(f"<li>{_text(one)}</li>" for one in warnings) + "</ul>"
     yield _section("Findings and warnings", body or "<p>None.</p>")
@@ -180,7 +193,7 @@ def _hosts(report: MoveReport) -> Iterable[str]:
             (side, _text(one.host), _text(one.kvmhv), _text(one.qemu), _text(one.accel))
             for side, one in zip(sides, report.versions, strict=False)
         ]
-        yield _section("Hosts", _table(("Side", "Host", "kvmhv", "QEMU", "Accelerator"), rows))
+        yield _section("Hosts", _table("Hosts", ("Side", "Host", "kvmhv", "QEMU", "Accelerator"), rows))
 
 
 def _decided(report: MoveReport) -> Iterable[str]:
@@ -197,7 +210,7 @@ def _decided(report: MoveReport) -> Iterable[str]:
     if report.plan is not None:
         rows += _plan(report.plan)
     if rows:
-        yield _section("What was asked and decided", _table(("", ""), rows, kind="pairs"))
+        yield _section("What was asked and decided", _table("What was asked and decided", ("", ""), rows, kind="pairs"))
 
 
 def _plan(plan: Plan) -> list[tuple[str, str]]:
@@ -222,17 +235,18 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """Cells are HTML already; a heading that begins with # is one of figures."""
+def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """Cells are HTML already; a heading that begins with # is one of figures. On a small screen it can be scrolled."""
     figures = [title.startswith("#") for title in head]
 
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=figure' if figure else ''}>{value}</{tag}>"
+            f"<{tag}{' scope=col' if tag == 'th' else ''}{' class=figure' if figure else ''}>{value}</{tag}>"
             for value, figure in zip(values, figures, strict=True)
         )
 
     titles = [title.removeprefix("#") for title in head]
     top = f"<thead><tr>{cells('th', titles)}</tr></thead>" if any(titles) else ""
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
+    table = f'<table class="{kind}">{top}<tbody>{body}</tbody></table>'
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{table}</div>'

@@ -24,14 +24,17 @@ background:var(--card);color:var(--ink)}
 .badge.done{background:var(--good-bg);color:var(--good)}
 .badge.failed,.badge.error,.badge.needs-operator{background:var(--bad-bg);color:var(--bad)}
 .badge.cancelled,.badge.warning{background:var(--warn-bg);color:var(--warn)}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(136px,1fr));gap:10px;margin:24px 0 0}
+.figures{display:grid;grid-template-columns:repeat(4,1fr);gap:10px;margin:24px 0 0}
 .figures div{background:var(--card);border-radius:8px;padding:12px 14px;break-inside:avoid}
 .figures dt{color:var(--soft);font-size:13px}
 .figures dd{margin:0;font-size:20px;font-weight:600;white-space:nowrap;font-variant-numeric:tabular-nums}
 .figures .note{font-size:12.5px;font-weight:400}
 .note{color:var(--soft)}
-.plot,.scroll{overflow-x:auto;margin-bottom:14px}
-svg{display:block;width:100%;min-width:620px;height:auto}
+.plot{margin-bottom:14px}
+.scroll{overflow-x:auto;margin-bottom:14px}
+.scroll:focus-visible{outline:3px solid var(--memory);outline-offset:2px}
+.narrow{display:none}
+svg{display:block;width:100%;height:auto}
 svg text{font:13px system-ui,-apple-system,"Segoe UI",sans-serif;fill:var(--soft)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th{text-align:left;font-weight:600;color:var(--soft);font-size:13px}
@@ -62,13 +65,15 @@ svg .key-sent{fill:var(--memory)}
 svg .key-dirty{fill:var(--state)}
 .step{fill:var(--state)}
 .gap{fill:var(--storage)}
-@media (max-width:560px){main{padding:20px 14px 40px}h1{font-size:24px}.figures dd{font-size:19px}}
+@media screen and (max-width:640px){main{padding:20px 14px 40px}h1{font-size:24px}
+.figures{grid-template-columns:1fr 1fr}.figures dd{font-size:19px}.wide{display:none}.narrow{display:block}
+th,td{padding-right:9px;font-size:14px}th{font-size:12.5px}.pairs td:first-child{width:7.5em}}
 @media print{:root{color-scheme:light;--bg:#fff;--card:#f3f4f6;--ink:#111;--soft:#444;--line:#ccc;--on:#fff;
 --setup:#777;--storage:#0f766e;--memory:#1d5fd1;--state:#c2410c;--cleanup:#6d5bb5;--good:#116b3f;--bad:#a3161f;
 --warn:#8a5200;--good-bg:#fff;--bad-bg:#fff;--warn-bg:#fff}
-body{font-size:11pt}main{max-width:none;padding:0}section{margin-top:22px}.plot,tr{break-inside:avoid}h2{break-after:avoid}
-svg{min-width:0}
-*{print-color-adjust:exact;-webkit-print-color-adjust:exact}.figures{grid-template-columns:repeat(6,1fr)}
-.figures dd{font-size:13pt}}
+body{font-size:10pt}main{max-width:none;padding:0}section{margin-top:18px}h1{font-size:22pt}.figures{margin-top:14px}
+.figures div{padding:8px 12px}.figures dd{font-size:13pt}th,td{padding-top:3px;padding-bottom:3px}
+.plot,tr{break-inside:avoid}h2,section>p{break-after:avoid}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 @page{margin:16mm}
 """

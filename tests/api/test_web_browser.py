@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvmhv.model import Estimate, Mode, Outcome, Pass, Phase, Switchover
+from kvmhv.model import ErrorBody, Estimate, Mode, Outcome, Pass, Phase, Switchover
 from tests.browser import DRIVER, Browser, browser
 
 pytestmark = [
@@ -114,8 +114,23 @@ def _a_move(window: Browser, running: Any, change: Any) -> None:
         )
     )
     window.wait("return document.getElementById('told').textContent === 'web01: state phase'")
+    _a_move_that_stands(window, later, change)
     change()
     window.wait("return !document.querySelector('.move') && !document.getElementById('no-moves').hidden")
+
+
+def _a_move_that_stands(window: Browser, later: Any, change: Any) -> None:
+    """It says what to do, on a small screen too, and the plot has followed the screen's width."""
+    wide = window.run("return document.querySelector('.move svg').getAttribute('viewBox')")
+    window.size(390, 900)
+    window.wait("return document.querySelector('.move svg').getAttribute('viewBox') !== arguments[0]", wide)
+    error = ErrorBody(code="handover-unknown", message="x", todo="bring host2 back", host="host1")
+    change(msgspec.structs.replace(later, outcome=Outcome.NEEDS_OPERATOR, estimate=None, reason="unknown", error=error))
+    window.wait("return document.getElementById('told').textContent === 'web01: needs the operator'")
+    text = window.run("return document.querySelector('.move').innerText")
+    assert "unknown. What to do: bring host2 back" in text, text
+    window.wait("return document.documentElement.scrollWidth <= 390")
+    window.size(1100, 1000)
 
 
 def _keyboard(window: Browser) -> None:

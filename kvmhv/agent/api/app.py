@@ -140,4 +140,6 @@ async def _note_started(request: web.Request, response: web.StreamResponse) -> N
 
 def _note(request: web.Request, caller: Caller) -> None:
     say = log.debug if request.method == "GET" else log.info
-    say("request", method=request.method, path=request.path[:200], caller=str(asked_by(caller, request)))
+    _, collection, rest = request.path[:200].partition("/moves/")
+    move = {"move": rest.partition("/")[0]} if collection else {}
+    say("request", method=request.method, path=request.path[:200], caller=str(asked_by(caller, request)), **move)

@@ -64,6 +64,7 @@ function newMove(move) {
       make("div")),
     figures, make("p", { class: "expectation" }));
   card.append(svg);
+  card.dataset.vm = move.vm;
   return card;
 }
 
@@ -79,7 +80,9 @@ function changeMove(card, move) {
   bar.firstChild.style.width = `${move.progress * 100}%`;
   bar.firstChild.className = move.phase;
   const running = move.phase === "memory" && !move.switchover;
-  put(card, ".phase", move.outcome === "needs-operator" ? "needs the operator" : `${move.phase}, ${percent} %`);
+  const stands = move.outcome === "needs-operator";
+  card.classList.toggle("stands", stands);
+  put(card, ".phase", stands ? "needs the operator" : `${move.phase}, ${percent} %`);
   const seen = move.estimate;
   put(card, ".f-left", seen ? `about ${seconds(seen.seconds_likely)}` : "-");
   put(card, ".f-pass", running ? `${move.passes.length + 1}` : move.passes.length ? `${move.passes.length} complete` : "-");
@@ -92,15 +95,17 @@ function changeMove(card, move) {
   const expectation = card.querySelector(".expectation");
   expectation.classList.toggle("limit", limit);
   const low = seen ? `between ${seconds(seen.seconds_low)} and ${seconds(seen.seconds_high)} left; ` : "";
-  put(card, ".expectation", move.reason ?? (seen
+  const todo = move.error?.todo ? ` What to do: ${move.error.todo}` : "";
+  put(card, ".expectation", move.reason ? `${move.reason}.${todo}` : (seen
     ? `${low}${limit ? "the guest dirties too fast: the pass limit" : "the threshold"} will end the passes after pass ${seen.passes}`
     : ""));
   const svg = card.querySelector("svg");
-  svg.classList.toggle("empty", history.samples.length < 2);
+  svg.classList.toggle("empty", stands || history.samples.length < 2);
   if (history.samples.length > 1) draw(svg, history, move.vm);
-  if (phases.get(move.id) !== move.phase) {
-    phases.set(move.id, move.phase);
-    tell(`${move.vm}: ${move.phase} phase`);
+  const nowIn = stands ? "needs the operator" : `${move.phase} phase`;
+  if (phases.get(move.id) !== nowIn) {
+    phases.set(move.id, nowIn);
+    tell(`${move.vm}: ${nowIn}`);
   }
 }
 
@@ -150,10 +155,10 @@ function show(page) {
   keep($("vms"), vms, (vm) => `${vm.host}/${vm.id}`, row(5, [3, 4]), (line, vm) =>
     cells(line, [vm.name, [vm.state, vm.state], vm.host, size(vm.memory_bytes), String(vm.cpus)]));
   const last = once(views.flatMap((view) => view.last)).sort((a, b) => b.started_at - a.started_at).slice(0, 20);
-  keep($("last"), last, (move) => move.id, row(9, [4, 5, 6, 7]), (line, move) => {
+  keep($("last"), last, (move) => move.id, row(10, [4, 5, 6, 7, 8]), (line, move) => {
     if (!line.dataset.told) { line.dataset.told = "yes"; if (shownBefore) tell(`${move.vm}: move ${move.outcome}`); }
     cells(line, [move.vm, move.source, move.target, [move.outcome, move.outcome], milliseconds(move.blackout_ms),
-      milliseconds(move.network_gap_ms), String(move.passes.length),
+      milliseconds(move.network_gap_ms), milliseconds(move.answer_gap_ms), String(move.passes.length),
       seconds(move.ended_at === null ? null : move.ended_at - move.started_at), new Date(move.started_at * 1000).toLocaleString()]);
   });
   shownBefore = true;
@@ -167,10 +172,22 @@ function once(moves) {
   for (const move of moves) {
     const known = found.get(move.id);
     const better = !known || (move.ended_at === null ? move.direction === "out" : known.network_gap_ms === null);
-    if (better) found.set(move.id, move);
+    if (better) found.set(move.id, { ...move, answer_gap_ms: move.answer_gap_ms ?? known?.answer_gap_ms });
+    else known.answer_gap_ms ??= move.answer_gap_ms;
   }
   return [...found.values()];
 }
+
+// The plots are as wide as their cards: turned telephones and pulled windows get new ones at once.
+let drawnWidth = 0;
+new ResizeObserver(() => {
+  if ($("moves").clientWidth === drawnWidth) return;
+  drawnWidth = $("moves").clientWidth;
+  for (const card of $("moves").children) {
+    const history = histories.get(card.dataset.key);
+    if (history && history.samples.length > 1) draw(card.querySelector("svg"), history, card.dataset.vm);
+  }
+}).observe($("moves"));
 
 // --- the connection
 
