@@ -261,7 +261,7 @@ ESTIMATE = Estimate(
 )
 
 
-def test_the_expectation_is_told_after_each_pass() -> None:
+def test_the_expectation_is_told_after_each_pass_and_the_pass_limit_as_soon_as_it_is_in_sight() -> None:
     done = Pass(number=1, sent_bytes=9, remaining_bytes=8, dirty_bytes_per_second=1, bytes_per_second=2, seconds=3)
     before = report(phase=Phase.MEMORY, estimate=ESTIMATE)
     after = report(phase=Phase.MEMORY, passes=(done,), estimate=ESTIMATE)
@@ -269,10 +269,14 @@ def test_the_expectation_is_told_after_each_pass() -> None:
         "about 12.5 s left (8.00 s to 1 min 15 s); the pass limit will end the passes after pass 10, "
         "with a blackout of about 2.40 s"
     )
-    assert text not in news(None, before)
+    assert news(None, before)[-1] == text
+    assert news(before, before) == []
     assert news(before, after) == [pass_text(done), text]
     assert news(after, after) == []
     threshold = msgspec.structs.replace(ESTIMATE, switchover="threshold", passes=3)
+    calm = msgspec.structs.replace(before, estimate=threshold)
+    assert not any("will end the passes" in line for line in news(None, calm))
+    assert news(calm, before) == [text]
     assert "the threshold will end the passes after pass 3" in expectation(threshold)
 
 

@@ -1,7 +1,5 @@
 """Metrics: what is counted at a move's end, and what is shown only while it runs."""
 
-import time
-
 import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -171,7 +169,7 @@ def test_the_agent_s_own_health() -> None:
     assert seen["kvmhv_journal_write_seconds_bucket durable=false le=0.0001"] == 1
 
 
-def test_a_scrape_of_200_vms_is_cheap_and_has_one_series_for_each() -> None:
+def test_a_scrape_of_200_vms_has_one_series_for_each() -> None:
     vms = tuple(
         VmSummary(name=f"vm{number}", id=str(number), state=VmState.RUNNING, host="h", memory_bytes=1, cpus=1)
         for number in range(200)
@@ -181,12 +179,7 @@ def test_a_scrape_of_200_vms_is_cheap_and_has_one_series_for_each() -> None:
     metrics.observe_move(DONE)
     since = {vm.id: 1.7e9 for vm in vms}
     snapshot = Snapshot(vms=vms, moves=moves, settings=HostSettings(moves_out=100), running_since=since)
-    times_s = []
-    for _ in range(5):
-        begun = time.process_time()
-        text = metrics.render(snapshot).decode()
-        times_s.append(time.process_time() - begun)
-    assert min(times_s) < 0.05
+    text = metrics.render(snapshot).decode()
     still = metrics.render(Snapshot(vms=vms, moves=(), settings=HostSettings(), running_since=since)).decode()
     assert len([line for line in text.splitlines() if not line.startswith("#")]) < 800
     assert still.count('vm="vm17"') == 1

@@ -83,14 +83,20 @@ def news(old: MoveReport | None, new: MoveReport) -> list[str]:
     after_memory = PHASES.index(Phase.MEMORY) + 0.5
     for done in new.passes[len(old.passes) if old else 0 :]:
         lines.append((after_memory, pass_text(done)))
-    if new.estimate is not None and new.passes and (old is None or len(new.passes) > len(old.passes)):
-        lines.append((after_memory, expectation(new.estimate)))
+    ended = bool(new.passes) and (old is None or len(new.passes) > len(old.passes))
+    if new.estimate is not None and (ended or (_limit_in_sight(new) and not _limit_in_sight(old))):
+        lines.append((after_memory if ended else PHASES.index(new.phase) + 0.4, expectation(new.estimate)))
     if new.switchover is not None and (old is None or old.switchover is None):
         text = f"switchover after pass {new.switchover.pass_number}: {new.switchover.reason}"
         lines.append((after_memory, text))
     for warning in new.warnings[len(old.warnings) if old else 0 :]:
         lines.append((len(PHASES), f"warning: {warning}"))
     return [text for _, text in sorted(lines, key=lambda line: line[0])]
+
+
+def _limit_in_sight(report: MoveReport | None) -> bool:
+    """Whether a move will end by the pass limit as it goes now: said as soon as it is known, not after a long pass."""
+    return report is not None and report.estimate is not None and report.estimate.switchover == PASS_LIMIT
 
 
 def _begun(report: MoveReport) -> list[Phase]:
