@@ -214,3 +214,14 @@ def test_the_first_hello_of_an_unknown_move() -> None:
     assert read_hello(Session(hello(TARGET)).hello_frame()) == hello(TARGET)
     with pytest.raises(PeerBroke):
         read_hello(Session(hello(TARGET)).frame(Owned(epoch=1)))
+
+
+def test_a_word_of_another_move_is_no_word_of_this_one() -> None:
+    """A move that failed and the next one of the same VM have the same epoch."""
+    earlier, mine = Session(hello(TARGET, move_id="move-0")), Session(hello(SOURCE))
+    mine.receive(Session(hello(TARGET)).hello_frame(), 0)
+    with pytest.raises(PeerBroke, match="move-0") as caught:
+        mine.receive(earlier.frame(Refused(epoch=1, error=ERROR)), 0)
+    assert caught.value.code == "protocol-order"
+    from_an_older_agent = msgspec.json.encode({"frame": "Say", "message": Refused(epoch=1, error=ERROR)})
+    assert mine.receive(from_an_older_agent, 0) == [Heard(message=Refused(epoch=1, error=ERROR))]

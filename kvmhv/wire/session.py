@@ -45,9 +45,14 @@ class Hello(Frame, frozen=True, kw_only=True):
 
 
 class Say(Frame, frozen=True, kw_only=True):
-    """A message of the move."""
+    """A message of the move.
+
+    A move that failed and the next one of the same VM have the same epoch: a word of the one is no proof in the other.
+    """
 
     message: AnyMessage
+    move_id: Name | None = None
+    """None: from an agent that is older than this field."""
 
 
 class Ping(Frame, frozen=True, kw_only=True):
@@ -105,7 +110,7 @@ class Session:
 
     def frame(self, message: AnyMessage) -> bytes:
         """Return a message's frame."""
-        return msgspec.json.encode(Say(message=message))
+        return msgspec.json.encode(Say(message=message, move_id=self._hello.move_id))
 
     def ping_frame(self, now_ms: float) -> bytes:
         """Return a frame that asks for the other clock."""
@@ -132,6 +137,8 @@ class Session:
         if isinstance(received, Pong):
             self._align(received, now_ms)
             return []
+        if received.move_id not in (None, self._hello.move_id):
+            raise PeerBroke("protocol-order", f"the other agent says what belongs to the move {received.move_id}")
         return [self._hear(received.message)]
 
     def _greet(self, hello: Hello) -> Greeted:

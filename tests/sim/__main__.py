@@ -6,7 +6,7 @@ import time
 
 from tests.sim.machine import Broken
 from tests.sim.run import many
-from tests.sim.world import World
+from tests.sim.world import Ledger, World
 
 
 def main() -> int:
@@ -19,11 +19,22 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seed is None:
         began = time.monotonic()
-        total = many(arguments.first, arguments.moves)
-        seconds = time.monotonic() - began
-        rate = f"{total.moves / seconds:.0f} moves a second"
-        print(f"{total.moves} moves, {total.faults} faults, {total.outcomes}, {total.stood_still} stood still, {rate}")  # noqa: T201
-        return 0
+        found: list[Broken] = []
+
+        def tell(seed: int, total: Ledger) -> None:
+            rate = f"{total.moves / (time.monotonic() - began):.0f} moves a second"
+            print(  # noqa: T201
+                f"seeds {arguments.first} to {seed - 1}: {total.moves} moves, {total.outcomes}, "
+                f"{total.stood_still} stood still, {total.faults} faults {total.kinds}, {len(found)} broken, {rate}",
+                flush=True,
+            )
+
+        def broken(error: Broken) -> None:
+            found.append(error)
+            print(error, flush=True)  # noqa: T201
+
+        many(arguments.first, arguments.moves, tell=tell, broken=broken)
+        return 1 if found else 0
     world = World(arguments.seed, verbose=arguments.verbose)
     try:
         ledger = world.run()

@@ -187,8 +187,7 @@ def _remove_copy(runner: "Runner", effect: ef.Effect) -> Fact:
     machine = runner.agent.machine
     if machine.other.defined is None:
         raise Broken("the source deletes before the target owns the VM on disk")
-    if _source(runner).planned().disk_copies:
-        machine.image = None
+    machine.image = None  # deleted, or no longer this host's to use
     machine.kernel_files = False
     machine.defined = None
     return facts.CopyRemoved(at_ms=machine.clock_ms)
@@ -201,9 +200,12 @@ def _prepare(runner: "Runner", effect: ef.Effect) -> Fact:
     machine = runner.agent.machine
     if machine.qemu is not None or machine.image is not None:
         raise Broken(f"{machine.name} is not clean: {machine.qemu} {machine.image}")
-    machine.image = Image(writes=-1, flushed=-1)
+    if machine.disk_broken:
+        return _failed(runner, effect)
+    here = machine.other.image
+    machine.image = here if here is not None and here.shared else Image(writes=-1, flushed=-1)
     machine.taps = True
-    machine.qemu = Qemu(machine, "inmigrate", fresh=False, exported=True)
+    machine.qemu = Qemu(machine, "inmigrate", fresh=False, exported=not machine.image.shared)
     return facts.IncomingReady(at_ms=machine.clock_ms, address=IncomingAddress(memory_port=49152, disk_port=49153))
 
 
@@ -242,7 +244,7 @@ def _undo_target(runner: "Runner", effect: ef.Effect) -> Fact:
 
 def _cont(runner: "Runner", effect: ef.Effect) -> Fact:
     machine = runner.agent.machine
-    if machine.qemu is None:
+    if machine.qemu is None or not machine.can_lock():
         return _failed(runner, effect)
     machine.run()
     return facts.GuestRuns(at_ms=machine.clock_ms, resumed_ms=machine.clock_ms)

@@ -14,9 +14,24 @@ from kvmhv.core.facts import Fact
 from kvmhv.core.handover import TargetHold
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target_state import TargetState
-from kvmhv.messages import Abort, Answer, AnyMessage, Enquire, FilesSent, Grant, MirrorsEnded, Offer, Refused
+from kvmhv.errors import PeerBroke
+from kvmhv.messages import (
+    Abort,
+    Answer,
+    AnyMessage,
+    Enquire,
+    FilesSent,
+    Finished,
+    Grant,
+    MirrorsEnded,
+    Offer,
+    Owned,
+    Refused,
+    Running,
+    Unknown,
+)
 from kvmhv.model import ErrorBody, HostSettings, MoveReport
-from kvmhv.wire.session import SOURCE, TARGET, Greeted, Heard, Hello, Session
+from kvmhv.wire.session import SOURCE, TARGET, VERSIONS, Greeted, Heard, Hello, Session
 from tests.sim import examples
 from tests.sim.acts import perform
 from tests.sim.machine import Machine, Qemu
@@ -26,6 +41,8 @@ if TYPE_CHECKING:
 
 State = SourceState | TargetState
 LATE = (Grant, Abort, MirrorsEnded, FilesSent)
+HANDOVER = (Grant, Abort, MirrorsEnded, Finished, Running, Owned, Refused, Unknown)
+"""Words whose repetition in another move would do harm."""
 RETRY_MS = (200.0, 3000.0)
 TARGET_ASKS_AFTER_MS = 5000.0
 SETTINGS = HostSettings(enabled=True)
@@ -52,6 +69,14 @@ class Journal:
         else:
             self.volatile[key] = state
 
+    def age(self) -> None:
+        """Put the states into the form in which a version before the announcement kept them."""
+        for kept in (self.durable, self.volatile):
+            for key, encoded in kept.items():
+                state = msgspec.msgpack.decode(encoded)
+                state["hold"].pop("announced", None)
+                kept[key] = msgspec.msgpack.encode(state)
+
     def load(self) -> list[tuple[str, bytes]]:
         """Return (role, newest state) of every open move."""
         return [(key[1], self.volatile.get(key, state)) for key, state in self.durable.items()]
@@ -73,6 +98,7 @@ class End:
 
     def __init__(self, agent: "Agent", hello: Hello) -> None:
         self.agent = agent
+        self.number = agent.world.next_end()
         self.session = Session(hello)
         self.other: End | None = None
         self.runner: Runner | None = None
@@ -80,10 +106,15 @@ class End:
         self.alive = True
         self.broken = False
         self._busy_until_ms = 0.0
+        self.speaker = agent.machine.name
+        """Whose key this end has proved to the other one."""
 
     def say(self, message: AnyMessage) -> None:
         """Send a message."""
-        self.send(self.session.frame(message))
+        frame = self.session.frame(message)
+        if isinstance(message, HANDOVER):
+            self.agent.world.note_frame(self.agent.machine.other.name, frame)
+        self.send(frame)
 
     def send(self, frame: bytes) -> None:
         """Put a frame on its way; in a network that is cut it is lost with the connection."""
@@ -104,7 +135,13 @@ class End:
         if not self.alive or not agent.alive:
             return
         with agent.guarded():
-            for event in self.session.receive(frame, agent.machine.clock_ms):
+            try:
+                events = self.session.receive(frame, agent.machine.clock_ms)
+            except PeerBroke as error:
+                agent.tell(f"peer broke the protocol: {error}")
+                self.close()
+                return
+            for event in events:
                 if isinstance(event, Greeted):
                     self.peer = event.hello
                     agent.greeted(self, event.hello)
@@ -193,6 +230,7 @@ class Runner:
             self.put(facts.TimerFired(at_ms=self.agent.machine.clock_ms, name=name))
 
     def _finish(self, report: MoveReport) -> None:
+        report = msgspec.structs.replace(report, ended_at=self.agent.machine.wall_s)
         self.agent.journal.end(self.key, report)
         self.open = False
         self.agent.tell(f"{self.role} ends: {report.outcome} {report.reason or ''}")
@@ -207,13 +245,13 @@ class Runner:
         self.put(facts.PeerConnected(at_ms=self.agent.machine.clock_ms))
 
     def lost(self, end: End) -> None:
-        """A connection has ended."""
+        """A connection has ended, perhaps before it was greeted."""
         if end in self.ends:
             self.ends.remove(end)
-            if not self.ends:
-                with self.agent.guarded():
-                    self.put(facts.PeerLost(at_ms=self.agent.machine.clock_ms, error=LOST))
-                self.keep(RETRY_MS[0])
+        if not self.ends:
+            with self.agent.guarded():
+                self.put(facts.PeerLost(at_ms=self.agent.machine.clock_ms, error=LOST))
+            self.keep(RETRY_MS[0])
 
     def keep(self, after_ms: float) -> None:
         """Connect, and again when that fails."""
@@ -232,8 +270,17 @@ class Runner:
 class Agent:
     """One life of a host's agent."""
 
-    def __init__(self, world: "World", machine: Machine, journal: Journal, volatile_id: str) -> None:
+    def __init__(
+        self,
+        world: "World",
+        machine: Machine,
+        journal: Journal,
+        volatile_id: str,
+        versions: tuple[int, int] = VERSIONS,
+    ) -> None:
         self.world = world
+        self.versions = versions
+        """Of the protocol, that this life of the agent speaks."""
         self.machine = machine
         self.journal = journal
         self.volatile_id = volatile_id
@@ -331,7 +378,7 @@ class Agent:
             return
         self.alive = False
         self.tell("the agent is dead")
-        for end in tuple(self.world.ends):
+        for end in self.world.all_ends():
             if end.agent is self:
                 end.runner = None
                 end.close()
@@ -346,9 +393,13 @@ class Agent:
             return False
         state = runner.state
         host = self.machine.name
-        mine = End(self, Hello(move_id=state.move_id, host=host, role=runner.role, epoch=state.hold.epoch))
+        epoch = state.hold.epoch
+        mine = End(
+            self,
+            Hello(versions=self.versions, move_id=state.move_id, host=host, role=runner.role, epoch=epoch),
+        )
         role = TARGET if runner.role == SOURCE else SOURCE
-        hello = Hello(move_id=state.move_id, host=there.machine.name, role=role, epoch=state.hold.epoch)
+        hello = Hello(versions=there.versions, move_id=state.move_id, host=there.machine.name, role=role, epoch=epoch)
         yours = End(there, hello)
         mine.other, yours.other = yours, mine
         mine.runner = runner
@@ -359,9 +410,15 @@ class Agent:
         return True
 
     def greeted(self, end: End, hello: Hello) -> None:
-        """The other side's Hello: the runner takes the connection, or a visit begins."""
+        """The other side's Hello: the runner takes the connection, or a visit begins (agent/moves.py, serve_peer)."""
         role = TARGET if hello.role == SOURCE else SOURCE
         runner = self.runners.get((hello.move_id, role))
+        assert end.other is not None
+        other = (runner.state.target if role == SOURCE else runner.state.source) if runner else hello.host
+        if not hello.host == other == end.other.speaker:
+            self.tell(f"{end.other.speaker} spoke for {hello.host} in a move of {other}")
+            end.close()
+            return
         if runner is not None:
             runner.connected(end)
             return
@@ -385,6 +442,7 @@ class Agent:
         if isinstance(message, Enquire):
             refusal = self._admit_in()
             inventory = examples.inventory(self.machine.name, octet=self.world.octet(self.machine))
+            inventory = examples.shared(inventory) if self.world.shares else inventory
             end.say(Answer(inventory=msgspec.structs.replace(inventory, refusal=refusal)))
         elif isinstance(message, Offer):
             self._take(end, message, ended)
@@ -410,7 +468,7 @@ class Agent:
             plan=offer.plan,
             psk_hex=offer.psk_hex,
             hold=TargetHold(epoch=offer.epoch),
-            started_wall_s=0.0,
+            started_wall_s=self.machine.wall_s,
             volatile_id=self.volatile_id,
         )
         runner = self._launch(state)

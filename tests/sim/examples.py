@@ -97,9 +97,11 @@ def source_state(  # one example with every knob that a test turns
     timeouts: Timeouts | None = None,
     volatile_id: str = "volatile-1",
     used_bytes: int = 128 * MIB,
+    shares: bool = False,
 ) -> SourceState:
-    """A source that has not begun."""
-    request = MoveRequest(vm=moving.name, target=target, include_storage=True)
+    """A source that has not begun; `shares`: the VM's disks are on storage that both hosts see."""
+    request = MoveRequest(vm=moving.name, target=target, include_storage=not shares)
+    here = inventory(source, octet=1 if source == "host1" else 2, running=moving, used_bytes=used_bytes)
     return SourceState(
         move_id=move_id,
         source=source,
@@ -108,7 +110,7 @@ def source_state(  # one example with every knob that a test turns
         request=request,
         rule=rule or Rule(),
         timeouts=timeouts or Timeouts(),
-        inventory=inventory(source, octet=1 if source == "host1" else 2, running=moving, used_bytes=used_bytes),
+        inventory=shared(here) if shares else here,
         psk_hex="00" * 32,
         hold=SourceHold(epoch=moving.epoch + 1, announced=False),
         started_wall_s=1e9,

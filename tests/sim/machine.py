@@ -13,6 +13,8 @@ from tests.sim.kernel import Kernel
 MIB = 1024**2
 ACTIVE = ("active", "pre-switchover", "device")
 CONVERGES_BYTES = 64 * 1024
+LEASE_MS = 90_000.0
+"""A file server forgets the lock of a client that is gone after at most so long."""
 
 
 class Broken(AssertionError):
@@ -30,10 +32,16 @@ class Truth:
 
 @dataclass
 class Image:
-    """The VM's disk files on one host: the newest acknowledged write in them, and what a power failure leaves."""
+    """The VM's disk files: the newest acknowledged write in them, and what a power failure leaves.
+
+    On shared storage both hosts see the same, and one QEMU at a time has its lock.
+    """
 
     writes: int
     flushed: int
+    shared: bool = False
+    lock: str = ""
+    """The host whose QEMU has it; a host that lost its power keeps it until the server forgets it."""
 
 
 @dataclass
@@ -81,6 +89,14 @@ class Machine:
     """Epoch of the VM's record here."""
     taps: bool = False
     kernel_files: bool = False
+    wall_offset_s: float = 0.0
+    disk_broken: bool = False
+    """Its disk is full, or gives errors: nothing can be written to it."""
+
+    @property
+    def wall_s(self) -> float:
+        """The host's wall clock, which jumps."""
+        return 1e9 + self.wall_offset_s + self.kernel.now_ms / 1000
 
     @property
     def clock_ms(self) -> float:
@@ -101,6 +117,7 @@ class Machine:
             raise Broken(f"a stale copy runs on {self.name}")
         if self.image is None or self.image.writes != self.truth.acknowledged:
             raise Broken(f"acknowledged writes are missing on {self.name}: {self.image} of {self.truth.acknowledged}")
+        self.image.lock = self.name
         qemu.status, qemu.ran = "running", True
         if other is not None:
             other.fresh = False
@@ -115,7 +132,9 @@ class Machine:
             return
         self.truth.acknowledged += 1
         self.image.writes = self.image.flushed = self.truth.acknowledged
-        if qemu.mirrors_ready and there.qemu is not None and there.qemu.exported and there.image is not None:
+        if qemu.mirrors_ready and there.disk_broken:  # the guest is told of nothing, the mirror's job has failed
+            qemu.mirrors = qemu.mirrors_ready = False
+        elif qemu.mirrors_ready and there.qemu is not None and there.qemu.exported and there.image is not None:
             there.image.writes = self.truth.acknowledged
 
     def stop(self) -> None:
@@ -125,6 +144,15 @@ class Machine:
             self.write()
             qemu.status = "paused"
             self.kernel.tell(self.name, "the guest is stopped")
+
+    def can_lock(self) -> bool:
+        """Whether no other host has the image's lock."""
+        return self.image is None or self.image.lock in ("", self.name)
+
+    def unlock(self) -> None:
+        """Let go of the image's lock, if this host's QEMU has it."""
+        if self.image is not None and self.image.lock == self.name:
+            self.image.lock = ""
 
     # --- the migration
 
@@ -138,7 +166,8 @@ class Machine:
             there = self.other.qemu
             if not qemu.alive or not qemu.mirrors:
                 return
-            if there is None or not there.exported or self.other.image is None or self.image is None:
+            lost = there is None or not there.exported or self.other.image is None or self.image is None
+            if lost or self.other.disk_broken:
                 qemu.mirrors = qemu.mirrors_ready = False
                 progress("failed", 0)
             elif not self.network_up():
@@ -147,6 +176,8 @@ class Machine:
                 progress("some", 10 - left)
                 self.kernel.after(self.kernel.some_ms(50, 400), lambda: copy(left - 1))
             else:
+                assert self.image is not None
+                assert self.other.image is not None
                 self.write()
                 qemu.mirrors_ready = True
                 self.other.image.writes = self.image.writes
@@ -158,8 +189,11 @@ class Machine:
         """End them in sync; False if one is broken."""
         qemu, there = self.qemu, self.other
         assert qemu is not None
-        if not qemu.mirrors_ready or there.qemu is None or not there.qemu.exported or there.image is None:
+        broken = there.disk_broken or there.image is None
+        if not qemu.mirrors_ready or broken or there.qemu is None or not there.qemu.exported:
+            qemu.mirrors = qemu.mirrors_ready = False
             return False
+        assert there.image is not None
         qemu.mirrors = qemu.mirrors_ready = False
         there.image.flushed = there.image.writes
         return True
@@ -207,6 +241,7 @@ class Machine:
         if qemu.migration != "pre-switchover":
             return False
         qemu.migration = "device"
+        self.unlock()
         self.kernel.after(self.kernel.some_ms(5, 60), lambda: self._load(qemu))
         return True
 
@@ -280,6 +315,7 @@ class Machine:
         if qemu is None:
             return
         self.write()
+        self.unlock()
         self.qemu = None
         qemu.say("GONE")
         qemu.alive = False
@@ -292,7 +328,11 @@ class Machine:
 
     def lose_power(self) -> None:
         """Everything but the disk is gone, and of the disk what was not flushed."""
+        image, locked = self.image, self.image is not None and self.image.lock == self.name
         self.kill_qemu()
+        if locked and image is not None and image.shared:
+            image.lock = self.name
+            self.kernel.after(self.kernel.some_ms(0, LEASE_MS), self.unlock)
         self.up = False
         self.boot += 1
         self.taps = False

@@ -1,19 +1,37 @@
 """Many seeds, one after the other."""
 
+from collections.abc import Callable
+
+from tests.sim.machine import Broken
 from tests.sim.world import Ledger, World
 
+TOLD_EVERY_MOVES = 10_000
 
-def many(first_seed: int, moves: int) -> Ledger:
-    """Run seeds until so many moves were made; raises Broken, which says how to replay the seed."""
+
+def many(
+    first_seed: int,
+    moves: int,
+    *,
+    tell: Callable[[int, Ledger], None] = lambda seed, total: None,
+    broken: Callable[[Broken], None] | None = None,
+) -> Ledger:
+    """Run seeds until so many moves were made.
+
+    Raises Broken, which says how to replay the seed, unless `broken` is there to hear it.
+    `tell` hears the next seed and the sums now and then.
+    """
     total = Ledger()
     seed = first_seed
     while total.moves < moves:
-        ledger = World(seed).run()
-        total.moves += max(1, ledger.moves)
-        total.faults += ledger.faults
-        total.boundaries += ledger.boundaries
-        total.stood_still += ledger.stood_still
-        for outcome, count in ledger.outcomes.items():
-            total.outcomes[outcome] = total.outcomes.get(outcome, 0) + count
+        before = total.moves // TOLD_EVERY_MOVES
+        try:
+            total.add(World(seed).run())
+        except Broken as error:
+            if broken is None:
+                raise
+            broken(error)
         seed += 1
+        if total.moves // TOLD_EVERY_MOVES > before:
+            tell(seed, total)
+    tell(seed, total)
     return total

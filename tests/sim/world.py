@@ -1,5 +1,6 @@
 """One seed's world: a VM moves there and back between two hosts, a swarm of faults; then all heals and it must end."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -9,16 +10,44 @@ from kvmhv.core import effects as ef
 from kvmhv.core.handover import HandoverViolation
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target_state import TargetState
+from kvmhv.messages import Abort, AnyMessage, Grant, Owned, Refused, Running
 from kvmhv.model import DirectKernel, MoveReport, Outcome, Vm
+from kvmhv.wire.session import SOURCE, TARGET, VERSIONS, Hello
 from tests.sim import examples
-from tests.sim.agent import Agent, AgentDied, End, Journal
+from tests.sim.agent import LOST, Agent, AgentDied, End, Journal
 from tests.sim.kernel import Kernel
 from tests.sim.machine import MIB, Broken, Image, Machine, Qemu, Truth
 
 HOSTS = ("host1", "host2")
 FAULTS_END_MS = 20_000.0
 HEALED_FOR_MS = 2 * 3600e3
-KINDS = ("agent", "host", "qemu", "cut", "boundary-agent", "boundary-host", "fail", "cancel", "hang")
+KINDS = (
+    "agent",
+    "host",
+    "both",
+    "qemu",
+    "cut",
+    "boundary-agent",
+    "boundary-host",
+    "boundary-both",
+    "boundary-replay",
+    "boundary-forge",
+    "fail",
+    "cancel",
+    "hang",
+    "disk",
+    "clock",
+    "upgrade",
+    "replay",
+    "forge",
+)
+PLANNED = tuple(kind for kind in KINDS if kind != "fail" and not kind.startswith("boundary-"))
+BOUNDARY_KINDS = tuple(kind for kind in KINDS if kind.startswith("boundary-"))
+VERSIONS_OF_OTHERS = ((1, 1), (0, 1), (1, 2), (2, 3))
+"""What agents of other versions speak; the last one has nothing in common with this one."""
+STRANGER = "host3"
+"""A host that is trusted, and has no part in these moves."""
+FRAMES_KEPT = 200
 
 
 @dataclass
@@ -39,6 +68,23 @@ class Ledger:
     boundaries: int = 0
     faults: int = 0
     stood_still: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Faults by kind."""
+
+    def add(self, one: "Ledger") -> None:
+        """Sum up; a run counts as one move at least."""
+        self.moves += max(1, one.moves)
+        self.faults += one.faults
+        self.boundaries += one.boundaries
+        self.stood_still += one.stood_still
+        for mine, others in ((self.outcomes, one.outcomes), (self.kinds, one.kinds)):
+            for name, count in others.items():
+                mine[name] = mine.get(name, 0) + count
+
+    def fault(self, kind: str) -> None:
+        """Count one."""
+        self.faults += 1
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
 
 class World:
@@ -49,6 +95,20 @@ class World:
     ) -> None:
         self.seed = seed
         self.verbose = verbose
+        self._faults: dict[str, Callable[[str], None]] = {
+            "agent": self._agent_dies,
+            "host": self._host_dies,
+            "both": self._both_die,
+            "qemu": self._qemu_dies,
+            "cut": self._is_cut,
+            "cancel": self._cancel,
+            "hang": self._hangs,
+            "disk": self._disk_breaks,
+            "clock": self._clock_jumps,
+            "upgrade": self._is_upgraded,
+            "replay": self._replays,
+            "forge": self._forges,
+        }
         self.kernel = Kernel(seed if single is None else f"{seed}", verbose=verbose)
         self.truth = Truth(owner=HOSTS[0])
         self.ledger = Ledger()
@@ -56,12 +116,15 @@ class World:
         self.queues: dict[int, list[ef.Effect]] = {}
         self.single = single
         rng = self.kernel.rng
-        self._swarm = frozenset(() if single or faultless else (kind for kind in KINDS if rng.random() < 0.35))
+        self._swarm = frozenset(() if single or faultless else (kind for kind in KINDS if rng.random() < 0.25))
         self._boundary_risk = rng.choice((0.002, 0.01, 0.03))
         self._latency_ms = rng.choice((0.2, 2.0, 30.0))
         self._cut = 0
         self._healed = False
         self._moves_left = 2
+        self._frames: list[tuple[str, bytes]] = []
+        self._ends_made = 0
+        self.shares = rng.random() < 0.25
         self.moving = self._vm()
         self.machines = {name: Machine(name, self.kernel, self.truth) for name in HOSTS}
         self.journals = {name: Journal() for name in HOSTS}
@@ -74,7 +137,7 @@ class World:
         first = self.machines[HOSTS[0]]
         first.qemu = Qemu(first, "running", dirty_bytes_per_s=rng.choice((0.0, 1e6, 50e6, 600e6)))
         first.qemu.ran = True
-        first.image = Image(0, 0)
+        first.image = Image(0, 0, shared=self.shares, lock=first.name)
         first.defined, first.taps, first.kernel_files = 0, True, self.moving.kernel is not None
         for name in HOSTS:
             self.start_agent(name)
@@ -99,6 +162,16 @@ class World:
         """Last part of the host's address."""
         return HOSTS.index(machine.name) + 1
 
+    def next_end(self) -> int:
+        """Number the ends of connections: sets of them have no order that a replay could rely on."""
+        self._ends_made += 1
+        return self._ends_made
+
+    def note_frame(self, to: str, frame: bytes) -> None:
+        """Keep what was said, for who wants to say it again."""
+        if self._swarm & {"replay", "boundary-replay"} and len(self._frames) < FRAMES_KEPT:
+            self._frames.append((to, frame))
+
     def _qemu_said(self, qemu: Qemu, name: str, data: dict[str, int]) -> None:
         agent = self.agents[qemu.host.name]
         if agent is not None and agent.alive:
@@ -113,15 +186,17 @@ class World:
             if self.ledger.boundaries == self.single.boundary:
                 text = what if isinstance(what, str) else f"before {type(what).__name__}"
                 self.kernel.tell("FAULT", f"{self.single.kind} of {self.single.host}; {agent.machine.name} is {text}")
-                if self.single.kind in ("agent", "host"):
+                if self.single.kind in ("agent", "host", "both"):
                     self.fault(self.single.kind, self.single.host)
                 else:  # an agent notices it after the effects that it is at
                     self.kernel.after(0, partial(self.fault, self.single.kind, self.single.host))
             return
         if not self._swarm or self.kernel.rng.random() > self._boundary_risk:
             return
-        kind = self.kernel.rng.choice(("boundary-agent", "boundary-host"))
-        if kind in self._swarm:
+        kind = self.kernel.rng.choice(BOUNDARY_KINDS)
+        if kind in ("boundary-replay", "boundary-forge") and kind in self._swarm:
+            self.kernel.after(0, partial(self.fault, kind.removeprefix("boundary-"), agent.machine.name))
+        elif kind in self._swarm:
             self.fault(kind.removeprefix("boundary-"), agent.machine.name)
 
     def fails(self, agent: Agent, effect: ef.Effect) -> bool:
@@ -132,7 +207,7 @@ class World:
             return False
         if self.kernel.rng.random() > 0.02:
             return False
-        self.ledger.faults += 1
+        self.ledger.fault("fail")
         self.kernel.tell("FAULT", f"{type(effect).__name__} fails on {agent.machine.name}")
         return True
 
@@ -140,45 +215,110 @@ class World:
 
     def fault(self, kind: str, name: str) -> None:
         """Let something break, and plan its repair."""
-        self.ledger.faults += 1
-        machine, agent = self.machines[name], self.agents[name]
+        self.ledger.fault(kind)
         self.kernel.tell("FAULT", f"{kind} {name}")
-        if kind == "agent":
-            if agent is not None and agent.alive:
-                agent.die()
-                self.kernel.after(self.kernel.some_ms(100, 8000), lambda: self.start_agent(name))
-        elif kind == "host" and machine.up:
-            self.truth.stopped_by_fault |= self.truth.owner == name or bool(machine.qemu)
-            if agent is not None:
-                agent.die()
-            machine.lose_power()
-            self.journals[name].volatile.clear()
-            self.kernel.after(self.kernel.some_ms(2000, 60_000), lambda: self.boot(name))
-        elif kind == "qemu" and machine.qemu is not None:
+        self._faults[kind](name)
+
+    def _agent_dies(self, name: str) -> None:
+        agent = self.agents[name]
+        if agent is not None and agent.alive:
+            agent.die()
+            self.kernel.after(self.kernel.some_ms(100, 8000), lambda: self.start_agent(name))
+
+    def _host_dies(self, name: str) -> None:
+        machine, agent = self.machines[name], self.agents[name]
+        if not machine.up:
+            return
+        self.truth.stopped_by_fault |= self.truth.owner == name or bool(machine.qemu)
+        if agent is not None:
+            agent.die()
+        machine.lose_power()
+        self.journals[name].volatile.clear()
+        self.kernel.after(self.kernel.some_ms(2000, 60_000), lambda: self.boot(name))
+
+    def _both_die(self, name: str) -> None:
+        self._host_dies(name)
+        other = self.machines[name].other.name
+        self.kernel.after(self.kernel.rng.choice((0.0, 1.0, 50.0)), lambda: self._host_dies(other))
+
+    def _qemu_dies(self, name: str) -> None:
+        if self.machines[name].qemu is not None:
             self.truth.stopped_by_fault = True
-            machine.kill_qemu()
-        elif kind == "cut":
-            self._cut += 1
-            for end in tuple(self.ends):
-                if end.alive and self.kernel.rng.random() < 0.5:
-                    self.kernel.after(self.kernel.some_ms(0, 15_000), end.close)
-            self.kernel.after(self.kernel.rng.choice((50.0, 2000.0, 40_000.0)), self._mend)
-        elif kind == "cancel":
-            self._cancel()
-        elif kind == "hang" and machine.qemu is not None:
-            qemu = machine.qemu
+            self.machines[name].kill_qemu()
+
+    def _is_cut(self, name: str) -> None:
+        self._cut += 1
+        for end in self.all_ends():
+            if end.alive and self.kernel.rng.random() < 0.5:
+                self.kernel.after(self.kernel.some_ms(0, 15_000), end.close)
+        self.kernel.after(self.kernel.rng.choice((50.0, 2000.0, 40_000.0)), self._mend)
+
+    def _hangs(self, name: str) -> None:
+        qemu = self.machines[name].qemu
+        if qemu is not None:
             qemu.hangs = True
             self.kernel.after(self.kernel.some_ms(100, 40_000), lambda: setattr(qemu, "hangs", False))
+
+    def _disk_breaks(self, name: str) -> None:
+        machine = self.machines[name]
+        machine.disk_broken = True
+        self.kernel.after(self.kernel.some_ms(100, 30_000), lambda: setattr(machine, "disk_broken", False))
+
+    def _clock_jumps(self, name: str) -> None:
+        self.machines[name].wall_offset_s += self.kernel.rng.choice((-86_400.0, -3600.0, -1.0, 1.0, 3600.0, 86_400.0))
+
+    def _is_upgraded(self, name: str) -> None:
+        """Another version of the agent takes over; sometimes one that keeps its journal in an older form."""
+        agent = self.agents[name]
+        if agent is not None and agent.alive:
+            agent.die()
+            if self.kernel.rng.random() < 0.5:
+                self.journals[name].age()
+            versions = self.kernel.rng.choice(VERSIONS_OF_OTHERS)
+            self.kernel.after(self.kernel.some_ms(100, 3000), lambda: self.start_agent(name, versions))
+
+    def _replays(self, name: str) -> None:
+        """A frame that was said before, in any of the moves, is said again on a connection that stands now."""
+        frames = [frame for to, frame in self._frames if to == name]
+        ends = [end for end in self._ends_of(name) if end.peer is not None]
+        if frames and ends:
+            self.kernel.rng.choice(ends).receive(self.kernel.rng.choice(frames))
+
+    def _forges(self, name: str) -> None:
+        """A trusted host that has no part in the move speaks in the name of the one that has."""
+        agent = self.agents[name]
+        if agent is None or not agent.alive or not agent.runners:
+            return
+        runner = self.kernel.rng.choice(list(agent.runners.values()))
+        epoch, other = runner.state.hold.epoch, self.machines[name].other.name
+        role = SOURCE if runner.role == TARGET else TARGET
+        claims = self.kernel.rng.choice((other, STRANGER))
+        visited = End(agent, Hello(move_id=runner.state.move_id, host=name, role=runner.role, epoch=epoch))
+        stranger = End(agent, Hello(move_id=runner.state.move_id, host=claims, role=role, epoch=epoch))
+        visited.other, stranger.speaker = stranger, STRANGER
+        words: tuple[AnyMessage, ...] = (Grant(epoch=epoch), Abort(epoch=epoch, error=LOST))
+        if role == TARGET:
+            words = (Running(epoch=epoch, resumed_ms=0.0), Owned(epoch=epoch), Refused(epoch=epoch, error=LOST))
+        visited.receive(stranger.session.hello_frame())
+        visited.receive(stranger.session.frame(self.kernel.rng.choice(words)))
+        visited.close()
+
+    def _ends_of(self, name: str) -> list[End]:
+        return [end for end in self.all_ends() if end.alive and end.agent is self.agents[name] and end.agent.alive]
 
     def _mend(self) -> None:
         """The network is whole again; connections from before it are dead."""
         if not self._cut:
             return
         self._cut -= 1
-        for end in tuple(self.ends):
+        for end in self.all_ends():
             end.close()
 
-    def _cancel(self) -> None:
+    def all_ends(self) -> list[End]:
+        """Every end of a connection that was ever made, in the order of their making."""
+        return sorted(self.ends, key=lambda end: end.number)
+
+    def _cancel(self, name: str) -> None:
         from kvmhv.core import facts  # noqa: PLC0415 - nothing else here speaks in facts
 
         for agent in self.agents.values():
@@ -195,18 +335,18 @@ class World:
             self.kernel.tell(name, "boots")
             self.start_agent(name)
 
-    def start_agent(self, name: str) -> None:
+    def start_agent(self, name: str, versions: tuple[int, int] = VERSIONS) -> None:
         """Start the host's agent, if none lives."""
         machine, old = self.machines[name], self.agents[name]
         if not machine.up or (old is not None and old.alive):
             return
-        agent = Agent(self, machine, self.journals[name], f"{name}-{machine.boot}")
+        agent = Agent(self, machine, self.journals[name], f"{name}-{machine.boot}", versions)
         self.agents[name] = agent
         agent.start()
 
     def _plan_faults(self) -> None:
         rng = self.kernel.rng
-        for kind in sorted(self._swarm & {"agent", "host", "qemu", "cut", "cancel", "hang"}):
+        for kind in (one for one in PLANNED if one in self._swarm):
             for _ in range(rng.randint(1, 2)):
                 name = rng.choice(HOSTS)
                 at_ms = rng.uniform(0, FAULTS_END_MS) ** rng.choice((1, 0.8))
@@ -242,7 +382,11 @@ class World:
         while self._cut:
             self._mend()
         for name in HOSTS:
+            self.machines[name].disk_broken = False
             self.boot(name)
+            agent = self.agents[name]
+            if agent is not None and agent.versions != VERSIONS:
+                agent.die()
             self.start_agent(name)
 
     def _open(self) -> bool:
@@ -274,7 +418,10 @@ class World:
             target=here.other.name,
             move_id=f"move-{number}",
             volatile_id=f"{here.name}-{here.boot}",
+            used_bytes=moving.memory_bytes,
+            shares=self.shares,
         )
+        state = msgspec.structs.replace(state, started_wall_s=here.wall_s)
         here.qemu.migration, here.qemu.sent_bytes = "", 0
         here.qemu.dirty_bytes_per_s = self.kernel.rng.choice((0.0, 1e6, 50e6, 600e6))
         if agent.leave(state) is None:
@@ -328,8 +475,17 @@ class World:
             return  # its agent died before the first journal entry: it never began
         if len({report.outcome is Outcome.DONE for report in reports}) > 1:
             raise Broken(f"the hosts do not agree on {move_id}")
+        for report in reports:
+            self._check_figures(report)
         outcome = str(reports[0].outcome)
         self.ledger.outcomes[outcome] = self.ledger.outcomes.get(outcome, 0) + 1
+
+    def _check_figures(self, report: MoveReport) -> None:
+        """Whatever the clocks did, no figure is nonsense."""
+        times = [one.seconds for one in (*report.phases, *report.passes)]
+        times += [step.at_ms for step in report.blackout_steps]
+        if min(times, default=0.0) < 0 or not 0 <= report.progress <= 1:
+            raise Broken(f"a report tells nonsense: {report}")
 
     def _check_standing(self) -> None:
         """Only a granted source and a target that cannot tell may stand still (handover.py, 5)."""
