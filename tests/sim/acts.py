@@ -288,4 +288,6 @@ def hear(runner: "Runner", name: str, data: dict[str, int]) -> Fact | None:
             return facts.MemorySent(at_ms=at_ms)
         case "FAILED":
             return facts.MemoryFailed(at_ms=at_ms, error=ERROR)
+        case "STOP":
+            return None
     return facts.QemuGone(at_ms=at_ms, error=ERROR)

@@ -143,6 +143,7 @@ class Machine:
         if qemu is not None and qemu.status == "running":
             self.write()
             qemu.status = "paused"
+            qemu.say("STOP")
             self.kernel.tell(self.name, "the guest is stopped")
 
     def can_lock(self) -> bool:
@@ -230,6 +231,7 @@ class Machine:
         if qemu.status == "running":
             self.write()
             qemu.status = "finish"
+            qemu.say("STOP")
             self.kernel.tell(self.name, "QEMU stops the guest by itself")
         qemu.migration = "pre-switchover"
         qemu.say("PRE-SWITCHOVER")
