@@ -14,12 +14,12 @@ import msgspec
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.lab.guest_images import write_boot_guest
 from kvmhv.model import MIB, IncomingAddress, Vm
-from tests.qemu_contract import SOURCE, TARGET
+from tests.qemu_contract import COMPLETED, FAILED, PASS, PRE_SWITCHOVER, SOURCE, TARGET
 from tests.real.qemu_pair import DISK_BYTES, WAIT_S, Pair, Side, pair, qemu_img
 
 SLOW_BYTES_PER_S = 16 * MIB
 SILENCE_S = 1.0
-MIGRATION = {"pre-switchover": "PRE-SWITCHOVER", "completed": "COMPLETED", "failed": "FAILED", "cancelled": "FAILED"}
+MIGRATION = {"pre-switchover": PRE_SWITCHOVER, "completed": COMPLETED, "failed": FAILED, "cancelled": FAILED}
 
 
 class RealPair:
@@ -134,7 +134,7 @@ class RealPair:
             if event.name == "MIGRATION":
                 found.append(MIGRATION.get(str(event.data["status"]), ""))
             else:
-                found.append({"MIGRATION_PASS": "PASS"}.get(event.name, event.name))
+                found.append({"MIGRATION_PASS": PASS}.get(event.name, event.name))
         return found
 
     async def end(self) -> None:
