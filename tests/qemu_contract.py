@@ -1,6 +1,6 @@
 """What the machines of the core rely on in two QEMUs that migrate: asked of the real ones and of the simulated ones.
 
-Each scenario is run by tests/real/test_contract.py with real QEMU and by tests/sim/test_contract.py with the one of the
+Each scenario is run by tests/real/test_qemu_contract.py with real QEMU and by tests/sim/test_sim_contract.py with the one of the
 simulation. What is true of the one must be true of the other: else the simulation proves nothing.
 """
 
