@@ -78,6 +78,11 @@ class MemoryHypervisor:
         self.running[vm.id] = "running"
         self._faults.call("started")
 
+    async def cont(self, vm_id: str) -> float:
+        self._faults.call("cont")
+        self.running[vm_id] = "running"
+        return 0.0
+
     async def power_button(self, vm_id: str) -> None:
         self._faults.call("power_button")
         if self.obeys:

@@ -222,3 +222,13 @@ def test_what_a_source_says_of_an_ended_move() -> None:
     assert isinstance(unnamed, Abort)
     assert unnamed.error.code == "move-ended"
     assert recover.answer_as_source(None, 3, "host1") is None
+
+
+def test_a_qemu_that_was_told_to_run_is_evidence_where_the_journal_is_lost() -> None:
+    """The note that it was about to run is gone with the volatile journal: it is not refused, for it may be running."""
+    for status in ("running", "paused"):
+        evidence = msgspec.structs.replace(found(status=status, migration="completed", rebooted=True), ever_ran=True)
+        after, effects = take(waiting().state, evidence)
+        assert (after.step, after.hold.may_run()) == (T.STARTING, True)
+        assert ef.Cont in effects
+        assert ef.UndoTarget not in effects

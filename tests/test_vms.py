@@ -105,7 +105,8 @@ async def test_a_paused_vm_is_not_started_and_stops_by_force(world: World) -> No
     world.hypervisor.running[details.vm.id] = "io-error"
     shown = await world.vms.show("web01")
     assert (shown.state, shown.exit_reason) == (VmState.PAUSED, "io-error")
-    with pytest.raises(CallerError, match="io-error") as refused:
+    world.hypervisor.running[details.vm.id] = "paused"
+    with pytest.raises(CallerError, match="paused") as refused:
         await world.vms.start("web01")
     assert refused.value.code == "vm-paused"
     await world.vms.stop("web01", force=False, timeout_s=5)
@@ -279,3 +280,16 @@ async def test_a_create_that_the_agents_end_cut_short_is_undone(world: World) ->
     world.agent()
     await world.vms.recover()
     assert world.left() == {**NOTHING, "files": ["default/web01/mine"]}
+
+
+async def test_what_stands_still_after_a_disk_error_goes_on(tmp_path: Path) -> None:
+    async with one_host(tmp_path) as world:
+        details = await running(world)
+        world.hypervisor.running[details.vm.id] = "io-error"
+        assert await world.state() is VmState.PAUSED
+        assert (await world.vms.start("web01")).state is VmState.RUNNING
+        world.hypervisor.running[details.vm.id] = "io-error"
+        world.vms.claim("web01", "move-1")
+        with pytest.raises(Refused, match="move"):
+            await world.vms.start("web01")
+        assert world.hypervisor.running[details.vm.id] == "io-error", "only the move decides who runs it"

@@ -87,7 +87,7 @@ class Moves:
         refusals = [self._admit_out(vm, request), there.refusal]
         findings = (*(_as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
         if any(finding.severity is Severity.ERROR for finding in findings):
-            return CheckReport(findings=findings)
+            return CheckReport(findings=findings, refused=any(refusals))
         rule = rule_of(self._settings.current, request)
         past = self._experience(vm, request, rule)
         rates = past.throughput_bytes_per_s, past.link_bytes_per_s

@@ -156,6 +156,7 @@ class OpenMoves:
             process=seen.process,
             status=seen.status,
             migration=seen.migration,
+            ever_ran=seen.ever_ran,
             rebooted=state.volatile_id != self._journal.volatile_id,
         )
         log.info("move taken up again", move=state.move_id, step=str(state.step), process=seen.process)

@@ -30,8 +30,7 @@ from kvmhv.model import DirectKernel, Vm, VmDetails, VmSpec, VmState, VmSummary
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Hypervisor, Network, Records, RunState
 
-RUNNING_STATUSES = frozenset({"running"})
-INCOMING_STATUSES = frozenset({"inmigrate"})
+SHOWN = {"running": VmState.RUNNING, "inmigrate": VmState.INCOMING}
 
 
 class Vms:
@@ -112,16 +111,19 @@ class Vms:
         return await self.show(spec.name)
 
     async def start(self, name: str, *, take_over: bool = False) -> VmDetails:
-        """Start a VM; no error if it runs. After an error it is stopped, without taps.
+        """Start a VM, or let one go on that stands still after a disk error; no error if it runs.
 
-        `take_over`: also if a host that is surely dead owns its disks. Raises CallerError `vm-unknown`, `vm-paused`;
-        Refused as Owners.claim; HostError `qemu-start`, `disk-missing`.
+        After an error it is as it was, without taps. `take_over`: also if a host that is surely dead owns its disks.
+        Raises CallerError `vm-unknown`, `vm-paused`; Refused as Owners.claim; HostError `qemu-start`, `disk-missing`.
         """
         async with self._claims.operation(name, "start"):
             record = self._records.named(name)
             state = await self._hypervisor.state(record.vm.id)
             if not state.process:
                 await self._start(record, take_over=take_over)
+            elif state.status == "io-error":  # QEMU itself stopped it; a move would have the claim
+                await self._disks.claim(record.vm, take_over=take_over)
+                await self._hypervisor.cont(record.vm.id)
             elif _shown(state) is not VmState.RUNNING:
                 raise CallerError(
                     "vm-paused",
@@ -386,9 +388,7 @@ class Vms:
 
 
 def _shown(state: RunState) -> VmState:
-    if state.status in RUNNING_STATUSES:
-        return VmState.RUNNING
-    return VmState.INCOMING if state.status in INCOMING_STATUSES else VmState.PAUSED
+    return SHOWN.get(state.status, VmState.PAUSED)
 
 
 def _remove_tree(directory: Path) -> None:

@@ -16,7 +16,7 @@ from kvmhv.cli.progress import view
 from kvmhv.cli.session import Session, json_option
 from kvmhv.cli.watch import error_of, exit_status, request_cancel, until_end
 from kvmhv.config import ON_OVERRUN, PERFORMANCE_OPTIONS
-from kvmhv.errors import CallerError, Incompatible
+from kvmhv.errors import CallerError, Incompatible, Refused
 from kvmhv.model import ErrorBody, Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -29,6 +29,8 @@ class Check(Struct, frozen=True, kw_only=True):
 
     findings: tuple[Finding, ...]
     plan: Plan | None = None
+    refused: bool = False
+    """A limit or a setting of a host forbids it."""
 
 
 def _destination(command: Command) -> Command:
@@ -50,7 +52,8 @@ def _destination(command: Command) -> Command:
 def check(session: Session, name: str, target: str, include_storage: bool, storage: str | None) -> int:
     """Find everything that keeps a VM from moving to HOST; copies nothing.
 
-    Exit status 3 if there is an error among the findings; warnings do not keep it.
+    Exit status 3 if there is an error among the findings, 4 if a limit or a setting of a host forbids it, as the move
+    itself would have; warnings do not keep it.
     """
     request = MoveRequest(vm=name, target=target, include_storage=include_storage, storage=storage)
     return _check(session, request, with_plan=False)
@@ -62,6 +65,8 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
     errors = any(finding.severity is Severity.ERROR for finding in found.findings)
     plan = found.plan if with_plan and not errors else None
     session.answer(found, lambda: draw_check(request, found.findings, plan))
+    if found.refused:
+        return Refused.exit_status
     return Incompatible.exit_status if errors else 0
 
 
@@ -149,7 +154,7 @@ def begun_or_waited(session: Session, agent: Agent, begin: Callable[[], MoveRepo
 def _wait(session: Session, agent: Agent, move_id: str, *, cancel_on_interrupt: bool) -> int:
     with view(quiet=session.json) as shown:
         report = until_end(agent, move_id, shown, cancel_on_interrupt=cancel_on_interrupt)
-    session.answer(report, lambda: draw_report(report))
+    session.answer(report, lambda: draw_report(report, with_reason=False))
     if report.outcome is not Outcome.DONE:
         output.error(error_of(report), as_json=False)
     return exit_status(report)

@@ -67,8 +67,11 @@ def ends_of(report: MoveReport) -> tuple[str, str]:
     return f"{report.source}/{','.join(sources)}", f"{report.target}/{','.join(targets)}"
 
 
-def draw_report(report: MoveReport) -> None:
-    """Print phases and passes with their times, why it switched over, the blackout."""
+def draw_report(report: MoveReport, *, with_reason: bool = True) -> None:
+    """Print phases and passes with their times, why it switched over, the blackout.
+
+    `with_reason`: also why it did not end well, where no error says so next.
+    """
     mode = f" ({report.mode})" if report.mode else ""
     source, target = ends_of(report)
     output.say(f"{report.vm} {_VERBS[report.outcome]}: {source} to {target}{mode}, move {report.id}")
@@ -88,7 +91,7 @@ def draw_report(report: MoveReport) -> None:
         ]
         output.table(("pass", "sent", "remaining", "rate", "dirtied", "time"), rows)
     _draw_disks(report.disks)
-    output.pairs(_summary(report))
+    output.pairs([row for row in _summary(report) if with_reason or row[0] != "reason"])
 
 
 def _interruptions(report: MoveReport) -> list[tuple[str, object]]:

@@ -253,3 +253,5 @@ class Restarted(Fact, frozen=True, kw_only=True):
     """Its migration's status (`active`, `completed`, ...)."""
     rebooted: bool
     """The volatile journal is not the one in which the move began: the host was rebooted, every process is lost."""
+    ever_ran: bool = False
+    """The guest runs or may have run in this process: for one that was started to take a move in, `cont` was sent."""

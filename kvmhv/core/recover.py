@@ -68,13 +68,15 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
     if state.step is TargetStep.UNDOING:
         timer = SetTimer(name=target.STEP_TIMER, after_s=timeouts.undo_s)
         return state, [timer, UndoTarget(plan=state.plan)]
-    if state.step is TargetStep.STARTING:
+    # A `cont` that was sent was noted before: where that note is lost (the volatile journal was), QEMU is the evidence.
+    ran = state.step is TargetStep.WAITING and found.process and found.ever_ran
+    if ran or state.step is TargetStep.STARTING:
         if not found.process:
             return target.step(state, QemuGone(at_ms=found.at_ms, error=_gone(state)))
         hold, effects = handover.run_at_target(
             state.hold, state.vm.id, granted_epoch=state.hold.epoch, loaded=True, newest=True
         )
-        state = msgspec.structs.replace(state, hold=hold)
+        state = msgspec.structs.replace(state, hold=hold, step=TargetStep.STARTING)
         return state, [*effects, SetTimer(name=target.STEP_TIMER, after_s=timeouts.grant_s)]
     if state.step is TargetStep.SETTLING:
         return state, target.adopt(state)

@@ -232,7 +232,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         disk_bytes=state.copied_bytes,
         findings=state.findings,
         progress=_shown_progress(state, standing),
-        remaining_bytes=state.memory_remaining_bytes,
+        remaining_bytes=0 if state.memory_sent else state.memory_remaining_bytes,
         storage_total_bytes=state.disk_total_bytes,
         storage_copied_bytes=state.copied_bytes,
         warnings=state.warnings,

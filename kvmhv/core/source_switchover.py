@@ -53,11 +53,32 @@ def converged(state: SourceState, fact: facts.Fact) -> Result:
     assert isinstance(fact, facts.PreSwitchover)
     state, entry = announce(state)
     complete = state.pass_begun.number if state.pass_begun else 1
+    begun = state.pass_begun or _first_pass(state)
+    if begun is not None:  # the passes that QEMU did not tell of are one for the records
+        ended = facts.PassStarted(
+            at_ms=fact.at_ms,
+            number=begun.number + 1,
+            sent_bytes=state.memory_sent_bytes,
+            remaining_bytes=0,
+            total_bytes=begun.total_bytes,
+            dirty_bytes_per_s=0.0,
+        )
+        state = update(state, passes=(*state.passes, precopy.complete_pass(begun, ended)))
     switchover = precopy.converged(complete)
     state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False, pre_switchover=True)
     stopped_ms = fact.at_ms if fact.stopped_ms is None else fact.stopped_ms
     after, effects = guest_stopped(state, facts.GuestStopped(at_ms=fact.at_ms, told_ms=stopped_ms))
     return after, [*entry, *effects, ClearTimer(name=IDLE_TIMER), *blackout_timer(after)]
+
+
+def _first_pass(state: SourceState) -> facts.PassStarted | None:
+    """The first pass as it must have begun, where QEMU was through with it before it said so."""
+    at_ms = next((one.at_ms for one in state.marks if one.phase is Phase.MEMORY), None)
+    if at_ms is None:
+        return None
+    return facts.PassStarted(
+        at_ms=at_ms, number=1, sent_bytes=0, remaining_bytes=0, total_bytes=0, dirty_bytes_per_s=0.0
+    )
 
 
 def pre_switchover(state: SourceState, fact: facts.Fact) -> Result:

@@ -18,6 +18,7 @@ from kvmhv.errors import HostError
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 ID = "id"
+JOURNAL = (str, str, int, object)
 SCHEMA_VERSION = 1
 SCHEMA = """
 CREATE TABLE records (kind TEXT NOT NULL, key TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (kind, key)) STRICT;
@@ -90,12 +91,12 @@ class Database:
 
     def get(self, kind: str, key: str) -> bytes | None:
         """Return a record, None if there is none."""
-        rows = self._execute("SELECT value FROM records WHERE kind = ? AND key = ?", kind, key)
+        rows = self._read((bytes,), "SELECT value FROM records WHERE kind = ? AND key = ?", kind, key)
         return rows[0][0] if rows else None
 
     def all(self, kind: str) -> tuple[tuple[str, bytes], ...]:
         """Return every (key, value) of a kind, by key."""
-        return tuple(self._execute("SELECT key, value FROM records WHERE kind = ? ORDER BY key", kind))
+        return tuple(self._read((str, bytes), "SELECT key, value FROM records WHERE kind = ? ORDER BY key", kind))
 
     def delete(self, kind: str, key: str) -> None:
         """Forget a record; no error if there is none."""
@@ -126,7 +127,7 @@ class Database:
         entry that is: then nobody can tell what this host may do with the move's VM.
         """
         found = []
-        for move_id, role, sequence, sealed in self._execute("SELECT move, role, sequence, state FROM journal"):
+        for move_id, role, sequence, sealed in self._read(JOURNAL, "SELECT move, role, sequence, state FROM journal"):
             newest = _unseal(sealed)
             if newest is None:
                 raise HostError(
@@ -163,7 +164,7 @@ class Database:
 
     def reports(self) -> tuple[bytes, ...]:
         """Return the reports of ended moves, the newest last."""
-        return tuple(row[0] for row in self._execute("SELECT report FROM moves ORDER BY number"))
+        return tuple(row[0] for row in self._read((bytes,), "SELECT report FROM moves ORDER BY number"))
 
     # ---
 
@@ -173,8 +174,15 @@ class Database:
         except sqlite3.Error as error:
             raise _failed(error) from error
 
+    def _read(self, kinds: tuple[type, ...], statement: str, *values: str) -> list[Any]:
+        """Read rows of these types: SQLite keeps to them when it writes, and does not look when it reads."""
+        rows = self._execute(statement, *values)
+        if not all(isinstance(value, kind) for row in rows for value, kind in zip(row, kinds, strict=True)):
+            raise HostError("database", "the agent's database is damaged", "put state_dir back from a backup")
+        return rows
+
     def _sequence(self, move_id: str, role: str) -> int:
-        rows = self._execute("SELECT sequence FROM journal WHERE move = ? AND role = ?", move_id, role)
+        rows = self._read((int,), "SELECT sequence FROM journal WHERE move = ? AND role = ?", move_id, role)
         try:
             volatile = self._read_volatile(move_id, role)
         except ValueError:
@@ -212,8 +220,10 @@ def _seal(state: bytes) -> bytes:
     return SEAL + hashlib.blake2b(state, digest_size=DIGEST_BYTES).digest() + state
 
 
-def _unseal(content: bytes) -> bytes | None:
+def _unseal(content: object) -> bytes | None:
     """Return what was sealed, None if it is damaged; what an older kvmhv kept has no seal and is as it is."""
+    if not isinstance(content, bytes):
+        return None
     if not content.startswith(SEAL):
         return content or None
     state = content[len(SEAL) + DIGEST_BYTES :]

@@ -204,6 +204,13 @@ class Moves:
     async def cancel(self, move_id: str, asked: Asked) -> MoveReport:
         return msgspec.structs.replace(await self.show(move_id), outcome=Outcome.CANCELLED)
 
+    async def choices(self, move_id: str) -> tuple[Any, ...]:
+        await self.show(move_id)
+        return ()
+
+    async def resolve(self, move_id: str, run_at: str, asked: Asked) -> MoveReport:
+        return await self.show(move_id)
+
     async def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
         yield await self.show(move_id)
         yield msgspec.structs.replace(await self.show(move_id), outcome=Outcome.DONE, progress=1.0)

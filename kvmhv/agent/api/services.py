@@ -42,6 +42,8 @@ class CheckReport(Struct, frozen=True, kw_only=True):
 
     findings: tuple[Finding, ...]
     plan: Plan | None = None
+    refused: bool = False
+    """A limit or a setting of one of the hosts stands among the findings: it is not the VM that does not fit."""
 
 
 class Vms(Protocol):
