@@ -45,6 +45,21 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """ACPI power button until force, in `vm stop`."""
 
 
+class LibvirtSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Guests that libvirt runs. Without libvirt none of this matters."""
+
+    uri: str = "qemu:///system"
+    """This host's libvirt."""
+    peer_uri: str = "qemu+tls://{host}/system"
+    """How this host's libvirt reaches that of a target, `{host}` being its name."""
+    encrypt: bool = True
+    """Disks and memory travel under TLS where both hosts have certificates for QEMU."""
+    certificates: str = "/etc/pki/qemu"
+    """Where QEMU's certificates are: `migrate_tls_x509_cert_dir` in libvirt's qemu.conf."""
+    image_dirs: tuple[str, ...] = ("/var/lib/libvirt/images",)
+    """Where images of arriving disks may be made, beside the directories of libvirt's storage pools."""
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """agent.toml. Every key has a default that suits one host."""
 
@@ -75,6 +90,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log_level: str = "info"
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
+    libvirt: LibvirtSettings = LibvirtSettings()
 
     @property
     def state_path(self) -> Path:

@@ -1,7 +1,7 @@
 """What two agents say to each other about one move. The wire (kvmhv/wire) encodes it; the core decides what is said.
 
-Source to target: Enquire, Offer, FilesSent, MirrorsEnded, Grant, Abort, Finished.
-Target to source: Answer, FilesWanted, Ready, Running, Owned, Refused, Unknown.
+Source to target: Enquire, Offer, FilesSent, MirrorsEnded, Grant, Look, Abort, Finished.
+Target to source: Answer, FilesWanted, Ready, Running, Seen, Owned, Refused, Unknown.
 
 Every message can be repeated: a connection that broke is made again and each side repeats what the other may lack.
 """
@@ -22,6 +22,7 @@ from kvmhv.model import (
     Plan,
     Struct,
     Vm,
+    Whereabouts,
 )
 
 
@@ -158,6 +159,19 @@ class Unknown(Message, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-ToTarget = Enquire | Offer | FilesSent | MirrorsEnded | Grant | Abort | Finished
-ToSource = Answer | FilesWanted | Ready | Running | Owned | Refused | Unknown
+class Look(Message, frozen=True, kw_only=True):
+    """Where is this VM, as far as the program that runs it on your side knows? Answered by Seen."""
+
+    epoch: int
+
+
+class Seen(Message, frozen=True, kw_only=True):
+    """What the target's program says of the VM now."""
+
+    epoch: int
+    there: Whereabouts
+
+
+ToTarget = Enquire | Offer | FilesSent | MirrorsEnded | Grant | Look | Abort | Finished
+ToSource = Answer | FilesWanted | Ready | Running | Seen | Owned | Refused | Unknown
 AnyMessage = ToTarget | ToSource

@@ -49,7 +49,10 @@ CPUS_MAX = 255
 DEVICES_MAX = 32
 """Disks, or network cards, of one VM."""
 LAYERS_MAX = 64
-DeviceName = Annotated[str, Meta(pattern=r"^[a-z]{1,8}[0-9]{1,3}$(?!\n)")]
+DeviceName = Annotated[str, Meta(pattern=r"^[a-z]{1,8}[0-9]{0,3}$(?!\n)")]
+"""`disk0`; of another program's VM the name that the guest's bus gives: `vda`."""
+OUTSIDE = "outside"
+"""Stands for the location of a layer that lies in none (a VM of another program); its path is absolute then."""
 PciSlot = Annotated[int, Meta(ge=0, le=31)]
 
 DEFAULT_MACHINE = "pc-q35-7.2"
@@ -158,6 +161,10 @@ class Vm(Struct, frozen=True, kw_only=True):
     """Counts the VM's changes of host; a grant is for one epoch only."""
     probe: Probe | None = None
     """What its source asks while it moves."""
+    runtime: Annotated[str, Meta(pattern=r"^[a-z]{0,16}$(?!\n)")] = ""
+    """What runs it: empty, kvmhv itself; else the name of the program that owns it (`libvirt`)."""
+    definition: Annotated[str, Meta(max_length=MIB)] = ""
+    """The runtime's own words for all of the VM; only its driver reads them."""
 
 
 class VmState(enum.StrEnum):
@@ -171,6 +178,8 @@ class VmState(enum.StrEnum):
     STOPPING = "stopping"
     CRASHED = "crashed"
     """Its QEMU ended without being asked to."""
+    UNKNOWN = "unknown"
+    """The program that runs it does not answer."""
 
 
 class Accel(enum.StrEnum):
@@ -293,6 +302,18 @@ class Address(Struct, frozen=True, kw_only=True):
     priority: int = 0
 
 
+class RuntimeInfo(Struct, frozen=True, kw_only=True):
+    """Another program that runs VMs on a host, as far as a move between two of them depends on it."""
+
+    version: str
+    encrypts: bool
+    """It can encrypt what travels."""
+    findings: "tuple[Finding, ...]" = ()
+    """What on this host speaks against the VM that is to arrive."""
+    commands: dict[str, str] = {}
+    """What an operator types to `end` a VM at once and to let one go on (`resume`), without the VM's name."""
+
+
 class Inventory(Struct, frozen=True, kw_only=True):
     """What a host can tell about itself for the check of one VM's move: made fresh for each question."""
 
@@ -317,6 +338,8 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """Source only: locations at which each side has just read what the other had written (agent/sharing.py)."""
     not_shared: dict[str, str] = {}
     """Source only: locations that may be shared by their kind, and why the proof failed."""
+    runtimes: dict[str, RuntimeInfo] = {}
+    """Other programs that run VMs here and answer, by name."""
 
 
 class VmFacts(Struct, frozen=True, kw_only=True):
@@ -504,6 +527,7 @@ class Plan(Struct, frozen=True, kw_only=True):
     target_address: Ip
     capabilities: tuple[Word, ...]
     disk_copies: tuple[DiskCopy, ...]
+    target_host: Annotated[str, Meta(max_length=255)] = ""
     target_vm: Vm
     """The VM as it will be defined at the target (disk layers may lie elsewhere; epoch is one higher)."""
     estimate_seconds: float | None
@@ -548,6 +572,28 @@ class Pass(Struct, frozen=True, kw_only=True):
     dirty_bytes_per_second: float
     bytes_per_second: float
     seconds: float
+
+
+class Stay(enum.StrEnum):
+    """What the program that runs a VM says of it on one host."""
+
+    ABSENT = "absent"
+    OFF = "off"
+    """Defined there, without a process."""
+    RUNNING = "running"
+    PAUSED = "paused"
+    SILENT = "silent"
+    """It does not answer."""
+
+
+class Whereabouts(Struct, frozen=True, kw_only=True):
+    """One host's answer to where a VM is that another program runs."""
+
+    stay: Stay
+    busy: bool = False
+    """A move of it is still under way there."""
+    ran: bool | None = None
+    """Whether it ran there since the move began; None: that cannot be told."""
 
 
 class PhaseTime(Struct, frozen=True, kw_only=True):
@@ -726,6 +772,8 @@ class VmSummary(Struct, frozen=True, kw_only=True):
     host: str
     memory_bytes: int
     cpus: int
+    runtime: str = ""
+    """The program that owns it; empty: kvmhv itself."""
 
 
 class DiskIo(Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ method raises KvmhvError subclasses only (HostError unless said otherwise), ends
 repeated: doing it twice leaves what doing it once leaves.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,11 +18,15 @@ from kvmhv.model import (
     Location,
     Plan,
     Probe,
+    Problem,
     QemuInfo,
+    RuntimeInfo,
     Struct,
     TrustedHost,
     Vm,
     VmFacts,
+    VmSummary,
+    Whereabouts,
 )
 from kvmhv.places import DiskPlace
 
@@ -266,6 +270,111 @@ class Hypervisor(Protocol):
 
     async def undo_copies(self, vm_id: str, timeout_s: float) -> None:
         """End the copies; the guest goes on with the old images. Raises HostError `qemu-hangs`."""
+        ...
+
+
+class Runtime(Protocol):
+    """Another program that runs VMs on this host, starts and stops them, and moves them by itself.
+
+    kvmhv asks it, steers it, and never touches the QEMU behind it. A program that is not there has no VMs.
+    Implemented by drivers/libvirt.
+    """
+
+    name: str
+
+    @property
+    def watch(self) -> int:
+        """Names the unbroken time in which every event of the program has been heard; 0: it is not heard now."""
+        ...
+
+    def on_event(self, sink: EventSink) -> None:
+        """MIGRATION_PASS (`pass`), STOP, RESUME and GONE of its VMs go to `sink`, like QEMU's own."""
+        ...
+
+    def vms(self) -> tuple[VmSummary, ...]:
+        """Every VM by name, as its events told; asks nobody."""
+        ...
+
+    async def keep(self) -> None:
+        """Connect, and again whenever the program is back; ends by cancellation."""
+        ...
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What keeps its VMs from being seen or moved; nothing where the program is not installed."""
+        ...
+
+    async def vm(self, vm_id: str) -> Vm:
+        """Return a VM's definition as it is now; a layer's path is absolute, its location OUTSIDE."""
+        ...
+
+    async def state(self, vm_id: str) -> RunState:
+        """Return what the program says of the VM's process."""
+        ...
+
+    async def look(self, vm_id: str) -> Whereabouts:
+        """Return where the VM is; never raises."""
+        ...
+
+    async def start(self, vm_id: str) -> None:
+        """Start it; no error if it runs."""
+        ...
+
+    async def power_button(self, vm_id: str) -> None:
+        """Ask the guest to shut down."""
+        ...
+
+    async def kill(self, vm_id: str) -> None:
+        """End its process; no error if there is none."""
+        ...
+
+    async def wait_off(self, vm_id: str, timeout_s: float) -> bool:
+        """Wait for its process to end; False when it has not in time."""
+        ...
+
+    async def facts(self, vm: Vm) -> VmFacts:
+        """Read what the check of a move needs."""
+        ...
+
+    async def info(self, arriving: Vm | None, copied: Collection[str]) -> RuntimeInfo | None:
+        """Return what the program can do; with what speaks here against a VM of which these disks would be copied."""
+        ...
+
+    # target of a move
+    async def prepare(self, vm: Vm, copied: Collection[str]) -> None:
+        """Make the empty images of these disks; all or nothing, never over a file (HostError `file-exists`)."""
+        ...
+
+    async def adopt(self, vm: Vm) -> None:
+        """Set what its own move does not bring along."""
+        ...
+
+    async def remove_disks(self, vm: Vm, names: Collection[str]) -> tuple[str, ...]:
+        """Delete the images of these disks; returns the paths that stay because a VM here uses them."""
+        ...
+
+    # source of a move
+    async def move(self, vm: Vm, plan: Plan) -> None:
+        """Let it move the VM; returns at the end. Raises HostError with its words, which prove nothing."""
+        ...
+
+    async def progress(self, vm_id: str) -> tuple[MemoryStats, MirrorStats]:
+        """Return how far its move is: memory, and all disks together."""
+        ...
+
+    async def stop_guest(self, vm_id: str) -> None:
+        """Lift the bandwidth cap, then suspend the guest: the lever at the end of the last pass."""
+        ...
+
+    async def resume(self, vm_id: str) -> float:
+        """Let the guest go on; returns the agent's monotonic ms. No error if it runs."""
+        ...
+
+    async def abort(self, vm_id: str, timeout_s: float) -> None:
+        """End its move and wait until none is under way. Raises HostError `libvirt` if it still is."""
+        ...
+
+    async def end_copy(self, vm_id: str) -> None:
+        """End and forget a copy that was succeeded on another host."""
         ...
 
 

@@ -51,7 +51,15 @@ def test_vm_list(agent: ScriptedAgent, run: Run) -> None:
     assert (status, err) == (0, "")
     assert out == "NAME   STATE    HOST   MEMORY  CPUS  ID\nweb01  running  host1  1 MiB   2     b0a1\n"
     expected = [
-        {"name": "web01", "id": "b0a1", "state": "running", "host": "host1", "memory_bytes": 1024**2, "cpus": 2}
+        {
+            "name": "web01",
+            "id": "b0a1",
+            "state": "running",
+            "host": "host1",
+            "memory_bytes": 1024**2,
+            "cpus": 2,
+            "runtime": "",
+        }
     ]
     for arguments in (("vm", "list", "--json"), ("--json", "vm", "list")):
         status, out, _ = run(*arguments)

@@ -17,7 +17,9 @@ from tests.test_target import Driven, loaded, settling, standing, starting, wait
 
 S, T = SourceStep, TargetStep
 ERROR = ErrorBody(code="broken", message="it broke", todo="")
-LIVE = [step for step in S if step not in (S.UNDOING, S.ENDED)]
+STEERED = (S.ABORTING, S.CONCLUDING)
+"""Steps of moves that another program makes: tests/test_steered.py."""
+LIVE = [step for step in S if step not in (S.UNDOING, S.ENDED, *STEERED)]
 
 
 def found(*, process: bool = True, status: str = "", migration: str = "", rebooted: bool = False) -> facts.Restarted:

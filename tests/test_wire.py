@@ -17,17 +17,19 @@ from kvmhv.messages import (
     FilesWanted,
     Finished,
     Grant,
+    Look,
     MirrorsEnded,
     Offer,
     Owned,
     Ready,
     Refused,
     Running,
+    Seen,
     ToSource,
     ToTarget,
     Unknown,
 )
-from kvmhv.model import ErrorBody, IncomingAddress, MoveRequest, Rule, Timeouts
+from kvmhv.model import ErrorBody, IncomingAddress, MoveRequest, Rule, Stay, Timeouts, Whereabouts
 from kvmhv.wire.session import SOURCE, TARGET, VERSIONS, Frame, Greeted, Heard, Hello, Session, read_hello
 from tests.sim import examples
 
@@ -45,6 +47,8 @@ MESSAGES: tuple[AnyMessage, ...] = (
     Ready(epoch=1, address=IncomingAddress(memory_port=49152, disk_port=None)),
     MirrorsEnded(epoch=1, held=True),
     Grant(epoch=1, sent=False, ran=True),
+    Look(epoch=1),
+    Seen(epoch=1, there=Whereabouts(stay=Stay.PAUSED, ran=False)),
     Running(epoch=1, resumed_ms=1.5),
     Owned(epoch=1),
     Refused(epoch=1, error=ERROR),

@@ -16,6 +16,7 @@ from kvmhv.agent.api.trusting import Trusting
 from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.doctor import Doctor
 from kvmhv.agent.events import Events
+from kvmhv.agent.host_vms import HostVms
 from kvmhv.agent.images import Images
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.io_watch import IoWatch
@@ -40,6 +41,7 @@ from kvmhv.drivers.database import Database
 from kvmhv.drivers.flows import TcpFlows
 from kvmhv.drivers.frames import PacketFrames
 from kvmhv.drivers.host import HostClock
+from kvmhv.drivers.libvirt import Libvirt
 from kvmhv.drivers.network import LinuxNetwork
 from kvmhv.drivers.peer import Peer
 from kvmhv.drivers.probes import NetworkProbes
@@ -65,14 +67,17 @@ class Agent:
         peer, trust, disks = ground.trusting.peer, ground.trusting.trust, ground.disks
         self._locations = Locations(config, ground.host_id, ground.database, disks, ground.log_of_events.add)
         images = Images(config, ground.database, disks)
+        self._runtime = ground.runtime
         self._owners = Owners(config.name, ground.host_id, disks)
         self._sharing = Sharing(disks)
         self._vms = Vms(config, ground.database, ground.qemu, disks, ground.network, images, self._owners)
+        self._host_vms = HostVms(config, self._vms, ground.runtime, disks)
         journal = TimedJournal(ground.database, ground.metrics.journal_written)
         self._open_moves = OpenMoves(
             config=config,
             vms=self._vms,
             hypervisor=ground.qemu,
+            runtime=ground.runtime,
             peer=peer,
             journal=journal,
             clock=ground.clock,
@@ -85,20 +90,20 @@ class Agent:
         moves = Moves(
             config=config,
             settings=ground.settings,
-            vms=self._vms,
+            vms=self._host_vms,
             hypervisor=ground.qemu,
             peer=peer,
             journal=journal,
             clock=ground.clock,
             inventories=Inventories(
-                config, ground.host_id, ground.settings, self._vms, ground.qemu, disks, ground.network
+                config, ground.host_id, ground.settings, self._host_vms, ground.qemu, disks, ground.network
             ),
             sharing=self._sharing,
             owners=self._owners,
             open_moves=self._open_moves,
             log_of_events=ground.log_of_events,
         )
-        self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving)
+        self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving, runtime=ground.runtime)
         self._io_watch = IoWatch(
             ground.qemu,
             ground.clock,
@@ -131,6 +136,7 @@ class Agent:
             hypervisor=ground.qemu,
             disks=ground.disks,
             network=ground.network,
+            runtime=ground.runtime,
         )
         storage_moves = StorageMoves(
             config=config,
@@ -152,7 +158,7 @@ class Agent:
             sessions=Sessions(tokens, ground.clock),
             other_hosts=self._other_hosts,
             metrics=ground.metrics,
-            vms=self._vms,
+            vms=self._host_vms,
             vm_settings=self._vms.settings,
             images=images,
             locations=self._locations,
@@ -172,7 +178,13 @@ class Agent:
         await self._open_moves.recover()
         await self._vms.recover()
         await self._listener.start()
-        work = (self._metrics.watch_loop_lag(), self._vm_states.watch(), self._io_watch.watch(), self._probe())
+        work = (
+            self._metrics.watch_loop_lag(),
+            self._vm_states.watch(),
+            self._io_watch.watch(),
+            self._probe(),
+            self._runtime.keep(),
+        )
         self._tasks = [asyncio.create_task(one) for one in work]
         log.info("agent ready", host=self._config.name, listen=self._config.listen, version=kvmhv.__version__)
 
@@ -214,6 +226,7 @@ class _Ground:
     chronicle: Chronicle
     trusting: Trusting
     qemu: Qemu
+    runtime: Libvirt
     disks: Storage
     network: LinuxNetwork
 
@@ -232,6 +245,7 @@ def _ground(config: Config) -> _Ground:
         chronicle=Chronicle(metrics, log_of_events, database.reports()),
         trusting=_trusting(config, database, clock),
         qemu=Qemu(config, clock, metrics.qmp_answered),
+        runtime=Libvirt(config, clock, log.info),
         disks=Storage(config),
         network=LinuxNetwork(config),
     )

@@ -13,7 +13,7 @@ from kvmhv.drivers.storage import qemu_img
 from kvmhv.drivers.storage.directory import DEFAULT
 from kvmhv.errors import HostError
 from kvmhv.model import DEFAULT_MACHINE, GIB, Accel, Access, Location, Problem, QemuInfo, Severity
-from kvmhv.ports import Disks, Hypervisor, Network
+from kvmhv.ports import Disks, Hypervisor, Network, Runtime
 
 LOW_SPACE_BYTES = 1 * GIB
 PORTS_PER_MOVE = 2
@@ -35,6 +35,7 @@ class Doctor:
         hypervisor: Hypervisor,
         disks: Disks,
         network: Network,
+        runtime: Runtime | None = None,
         root: Path = Path("/"),
     ) -> None:
         self._config = config
@@ -43,6 +44,7 @@ class Doctor:
         self._hypervisor = hypervisor
         self._disks = disks
         self._network = network
+        self._runtime = runtime
         self._root = root
 
     async def problems(self) -> tuple[Problem, ...]:
@@ -50,6 +52,7 @@ class Doctor:
         found = [*await self._qemu(), *self._devices(), *self._run_dir()]
         for location in await self._disks.locations():
             found += _location(location)
+        found += self._runtime.problems() if self._runtime is not None else ()
         for part in (self._switches, self._moves):
             try:
                 found += await part()

@@ -1,12 +1,12 @@
 """This host's inventory for the check of one VM's move, made fresh for each question."""
 
 from kvmhv import __version__
+from kvmhv.agent.host_vms import HostVms
 from kvmhv.agent.settings import Settings
-from kvmhv.agent.vms import Vms
 from kvmhv.config import Config, parse_networks
 from kvmhv.core import addresses
 from kvmhv.drivers import host
-from kvmhv.model import Inventory, Refusal, Vm, VmFacts
+from kvmhv.model import Inventory, Location, Refusal, Vm, VmFacts
 from kvmhv.ports import Disks, Hypervisor, Network
 
 
@@ -18,7 +18,7 @@ class Inventories:
         config: Config,
         host_id: str,
         settings: Settings,
-        vms: Vms,
+        vms: HostVms,
         hypervisor: Hypervisor,
         disks: Disks,
         network: Network,
@@ -26,7 +26,7 @@ class Inventories:
         self._config = config
         self._host_id = host_id
         self._settings = settings
-        self._vms = vms
+        self._vms, self._runtime = vms.own, vms.runtime
         self._hypervisor = hypervisor
         self._disks = disks
         self._network = network
@@ -39,15 +39,23 @@ class Inventories:
         running: Vm | None = None,
         dirty_rate: bool = False,
         pages: bool = False,
+        arriving: Vm | None = None,
+        with_storage: bool = False,
     ) -> Inventory:
         """Return the inventory; `promised_bytes` of memory belong to VMs that are arriving, `running` is to leave.
 
-        `dirty_rate`: wait until that of `running` is sampled; `pages`: see how far its memory shrinks.
+        `dirty_rate`: wait until that of `running` is sampled; `pages`: see how far its memory shrinks. `arriving`: the
+        VM of another program that is to come, `with_storage` with copies of its disks that are not shared here.
         """
         settings = self._settings.current
         facts: VmFacts | None = None
-        if running is not None:
+        if running is not None and running.runtime:
+            facts = await self._runtime.facts(running)
+        elif running is not None:
             facts = await self._hypervisor.facts(running, dirty_rate=dirty_rate, pages=pages)
+        locations = await self._disks.locations()
+        copied = _not_shared(arriving, locations) if arriving is not None and with_storage else ()
+        other = await self._runtime.info(arriving, copied)
         defined = self._vms.defined()
         return Inventory(
             host=self._config.name,
@@ -58,7 +66,7 @@ class Inventories:
             cpu_vendor=host.cpu_vendor(),
             memory_available_bytes=max(0, host.memory_available_bytes() - promised_bytes),
             cpus=host.cpu_count(),
-            locations=await self._disks.locations(),
+            locations=locations,
             switches=await self._network.switches(),
             vm_names=tuple(vm.name for vm in defined),
             vm_ids=tuple(vm.id for vm in defined),
@@ -67,4 +75,11 @@ class Inventories:
             ),
             refusal=refusal,
             facts_of_vm=facts,
+            runtimes={self._runtime.name: other} if other is not None else {},
         )
+
+
+def _not_shared(vm: Vm, locations: tuple[Location, ...]) -> tuple[str, ...]:
+    """Return the disks that would be copied: those that lie where no other host can see them."""
+    shared = {location.name for location in locations if location.shared_id is not None}
+    return tuple(disk.name for disk in vm.disks if any(layer.location not in shared for layer in disk.layers))

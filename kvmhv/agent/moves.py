@@ -13,6 +13,7 @@ from kvmhv.agent import arriving_files, events, past_moves
 from kvmhv.agent.api.services import CheckReport
 from kvmhv.agent.enquiry import enquire
 from kvmhv.agent.events import Events
+from kvmhv.agent.host_vms import HostVms
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.link import Link
 from kvmhv.agent.open_moves import OpenMoves
@@ -21,9 +22,8 @@ from kvmhv.agent.runner import Runner
 from kvmhv.agent.settings import Settings, rule_of, with_option
 from kvmhv.agent.sharing import Sharing
 from kvmhv.agent.visit import Visit, first_hello
-from kvmhv.agent.vms import Vms
 from kvmhv.config import Config
-from kvmhv.core import admission, checks, facts, performance, plan, resolve
+from kvmhv.core import admission, checks, checks_steered, facts, performance, plan, resolve
 from kvmhv.core.handover import SourceHold, TargetHold
 from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.core.source_state import SourceState
@@ -51,7 +51,7 @@ class Moves:
         *,
         config: Config,
         settings: Settings,
-        vms: Vms,
+        vms: HostVms,
         hypervisor: Hypervisor,
         peer: Peer,
         journal: Journal,
@@ -64,7 +64,8 @@ class Moves:
     ) -> None:
         self._config = config
         self._settings = settings
-        self._vms = vms
+        self._host_vms = vms
+        self._vms = vms.own
         self._hypervisor = hypervisor
         self._peer = peer
         self._journal = journal
@@ -79,11 +80,11 @@ class Moves:
 
     async def check(self, request: MoveRequest) -> CheckReport:
         """Check a move and plan it; changes nothing on either host."""
-        vm = self._checked_vm(request)
+        vm = await self._checked_vm(request)
         request = with_option(self._settings.current, request)
         here = await self._inventory_of(vm, request, dirty_rate=True)
         here, there = await self._prove(here, vm, request)
-        findings = checks.check(vm, request, here, there)
+        findings = (checks_steered.check if vm.runtime else checks.check)(vm, request, here, there)
         refusals = [self._admit_out(vm, request), there.refusal]
         findings = (*(_as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
         if any(finding.severity is Severity.ERROR for finding in findings):
@@ -109,7 +110,7 @@ class Moves:
         return report
 
     async def _start(self, request: MoveRequest, asked: Asked) -> MoveReport:
-        vm = self._checked_vm(request)
+        vm = await self._checked_vm(request)
         request = with_option(self._settings.current, request)
         rule = rule_of(self._settings.current, request)
         past = self._experience(vm, request, rule)
@@ -139,10 +140,12 @@ class Moves:
             )
             inventory = await self._proven(state.inventory, vm, request)
             state = msgspec.structs.replace(state, inventory=inventory)
-            await self._owners.begin_move(vm, request.target)
+            if not vm.runtime:
+                await self._owners.begin_move(vm, request.target)
         except BaseException:
             self._vms.release(vm.name, move_id)
-            self._vms.disks.settle_owner(vm)
+            if not vm.runtime:
+                self._vms.disks.settle_owner(vm)
             raise
         log.info("move asked for", move=move_id, vm=vm.name, target=request.target, caller=str(asked))
         runner = self._open.leave(state)
@@ -283,6 +286,8 @@ class Moves:
         inventory = await self._inventories.make(
             promised_bytes=self._open.promised_bytes(),
             refusal=self._admit_in(connection, with_storage=message.request.include_storage and bool(message.vm.disks)),
+            arriving=message.vm if message.vm.runtime else None,
+            with_storage=message.request.include_storage,
         )
         return Answer(inventory=inventory, proofs=tuple(written))
 
@@ -298,7 +303,7 @@ class Moves:
             raise PeerBroke("protocol-order", "the offer's epoch is not the VM's", host=connection.peer_name)
         if any(known.id == vm.id for known in self._vms.defined()):
             raise CallerError("id-taken", f"{self._config.name} has this VM already", host=self._config.name)
-        self._vms.claim(vm.name, hello.move_id, vm)
+        self._vms.claim(vm.name, hello.move_id, None if vm.runtime else vm)
         state = TargetState(
             move_id=hello.move_id,
             source=connection.peer_name,
@@ -323,8 +328,8 @@ class Moves:
 
     # --- as source
 
-    def _checked_vm(self, request: MoveRequest) -> Vm:
-        vm = self._vms.vm(request.vm)
+    async def _checked_vm(self, request: MoveRequest) -> Vm:
+        vm = await self._host_vms.vm(request.vm)
         if request.target == self._config.name:
             text = f"{vm.name} is on {self._config.name} already"
             raise CallerError("move-to-itself", text, "name another host", host=self._config.name)
@@ -343,6 +348,8 @@ class Moves:
 
     async def _inventory_of(self, vm: Vm, request: MoveRequest, *, dirty_rate: bool) -> Inventory:
         """Return this host's inventory; an estimate waits for the dirty rate, a move does not."""
+        if vm.runtime:
+            return await self._inventories.make(running=vm)
         seen = await self._hypervisor.state(vm.id)
         pages = request.performance == performance.COMPRESSION
         return await self._inventories.make(running=vm if seen.process else None, dirty_rate=dirty_rate, pages=pages)

@@ -12,18 +12,19 @@ from kvmhv.agent.link import Link
 from kvmhv.agent.network_gap import NetworkGap
 from kvmhv.agent.runner import Runner, State
 from kvmhv.agent.source_effects import SourceMachine
+from kvmhv.agent.steered_effects import SteeredSource, SteeredTarget
 from kvmhv.agent.storage_effects import STORAGE, StorageMachine
 from kvmhv.agent.target_effects import TargetMachine
 from kvmhv.agent.vms import Vms
 from kvmhv.config import Config
-from kvmhv.core import admission, facts, first_frame, recover, storage_move
+from kvmhv.core import admission, facts, first_frame, recover, steered, steered_target, storage_move
 from kvmhv.core.effects import Effect
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.storage_state import StorageState
 from kvmhv.core.target import TargetState
 from kvmhv.errors import HostError
 from kvmhv.model import MoveReport, Outcome, Vm
-from kvmhv.ports import Clock, Flows, Frames, Hypervisor, Journal, Peer, Probes, QemuEvent
+from kvmhv.ports import Clock, Flows, Frames, Hypervisor, Journal, Peer, Probes, QemuEvent, Runtime
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,7 @@ class OpenMoves:
         config: Config,
         vms: Vms,
         hypervisor: Hypervisor,
+        runtime: Runtime,
         peer: Peer,
         journal: Journal,
         clock: Clock,
@@ -53,6 +55,7 @@ class OpenMoves:
         self._limit = config.limits.move_facts
         self._vms = vms
         self._hypervisor = hypervisor
+        self._runtime = runtime
         self._peer = peer
         self._journal = journal
         self._clock = clock
@@ -65,6 +68,7 @@ class OpenMoves:
         self._leaving: dict[str, tuple[SourceMachine, AnswerGap]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         hypervisor.on_event(self._on_event)
+        runtime.on_event(self._on_event)
 
     def find(self, move_id: str, role: str) -> Runner | None:
         """Return the runner of an open move."""
@@ -150,6 +154,9 @@ class OpenMoves:
     # ---
 
     async def _recover(self, state: State) -> None:
+        if not isinstance(state, StorageState) and state.vm.runtime:
+            self._recover_steered(state)
+            return
         seen = await self._hypervisor.state(state.vm.id)
         found = facts.Restarted(
             at_ms=self._clock.monotonic_ms(),
@@ -175,10 +182,27 @@ class OpenMoves:
             runner = self._target_runner(state, None)
         self._launch(runner, effects, None)
 
+    def _recover_steered(self, state: SourceState | TargetState) -> None:
+        """The program that runs the VM may be back later: the machines ask it as often as it takes."""
+        log.info("move taken up again", move=state.move_id, step=str(state.step), runtime=state.vm.runtime)
+        self._vms.claim(state.vm.name, state.move_id)
+        effects: list[Effect]
+        if isinstance(state, SourceState):
+            state, effects = steered.recover(state, self._clock.monotonic_ms())
+            runner = self._source_runner(state)
+        else:
+            state, effects = steered_target.recover(state)
+            runner = self._target_runner(state, None)
+        self._launch(runner, effects, None)
+
     def _source_runner(self, state: SourceState) -> Runner:
-        gap = AnswerGap(self._probes, state.vm.probe)
-        machine = SourceMachine(state, self._hypervisor, self._vms, self._peer, self._clock, self._flows, gap)
-        self._leaving[state.move_id] = machine, gap
+        machine: SteeredSource | SourceMachine
+        if state.vm.runtime:
+            machine = SteeredSource(state, self._runtime, self._clock)
+        else:
+            gap = AnswerGap(self._probes, state.vm.probe)
+            machine = SourceMachine(state, self._hypervisor, self._vms, self._peer, self._clock, self._flows, gap)
+            self._leaving[state.move_id] = machine, gap
         runner = Runner(machine, state, self._clock, self._journal, self._limit)
         machine.put = runner.put
         hello = Hello(move_id=state.move_id, host=state.source, role=SOURCE, epoch=state.hold.epoch)
@@ -192,9 +216,13 @@ class OpenMoves:
         return runner
 
     def _target_runner(self, state: TargetState, link: Link | None) -> Runner:
-        gap = NetworkGap(self._frames, state.vm, lambda after_ms: self._first_frame(runner, after_ms))
-        self._gaps[state.move_id] = gap
-        machine = TargetMachine(state, self._hypervisor, self._vms, self._clock, gap)
+        machine: SteeredTarget | TargetMachine
+        if state.vm.runtime:
+            machine = SteeredTarget(state, self._runtime, self._clock)
+        else:
+            gap = NetworkGap(self._frames, state.vm, lambda after_ms: self._first_frame(runner, after_ms))
+            self._gaps[state.move_id] = gap
+            machine = TargetMachine(state, self._hypervisor, self._vms, self._clock, gap)
         runner = Runner(machine, state, self._clock, self._journal, self._limit)
         hello = Hello(move_id=state.move_id, host=state.target, role=TARGET, epoch=state.hold.epoch)
         runner.link = link or Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
@@ -219,10 +247,11 @@ class OpenMoves:
             return
         self._runners.pop((state.move_id, runner.machine.role), None)
         self._vms.release(state.vm.name, state.move_id)
-        self._vms.disks.settle_owner(state.vm)
+        if not state.vm.runtime:
+            self._vms.disks.settle_owner(state.vm)
         log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
         self._chronicle.ended(report)
-        if isinstance(runner.state, SourceState):
+        if isinstance(runner.state, SourceState) and not state.vm.runtime:
             self._spawn(self._end_leaving(runner.state, report), f"answer gap of {state.move_id}")
         gap = self._gaps.pop(state.move_id, None) if isinstance(state, TargetState) else None
         if gap is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from kvmhv.agent.vms import Vms
 from kvmhv.errors import KvmhvError
 from kvmhv.model import Vm, VmState, VmSummary
-from kvmhv.ports import Hypervisor, QemuEvent
+from kvmhv.ports import Hypervisor, QemuEvent, Runtime
 
 SWEEP_S = 10.0
 """Every VM is asked within so long."""
@@ -35,8 +35,9 @@ class VmStates:
         hypervisor: Hypervisor,
         moving: Callable[[], tuple[Vm, ...]],
         wall_s: Callable[[], float] = time.time,
+        runtime: Runtime | None = None,
     ) -> None:
-        """`moving` gives the VMs that are in a move now, `wall_s` the UNIX time."""
+        """`moving` gives the VMs that are in a move now, `wall_s` the UNIX time; `runtime` knows of its own VMs."""
         self._host = host
         self._vms = vms
         self._moving = moving
@@ -45,15 +46,22 @@ class VmStates:
         self._known: dict[str, VmState] = {}
         self._urgent: dict[str, None] = {}
         self._woken = asyncio.Event()
+        self._runtime = runtime
         hypervisor.on_event(self._on_event)
+        if runtime is not None:
+            runtime.on_event(self._on_event)
 
     def summaries(self) -> tuple[VmSummary, ...]:
         """Return every VM by name, those that are arriving too; asks nobody."""
         defined = {vm.id: vm for vm in self._vms.defined()}
-        arriving = {vm.id: vm for vm in self._moving() if vm.id not in defined}
+        others = self._others()
+        arriving = {vm.id: vm for vm in self._moving() if vm.id not in defined and not vm.runtime}
         shown = [self._summary(vm, self._known.get(vm.id, VmState.STOPPED)) for vm in defined.values()]
         shown += [self._summary(vm, VmState.INCOMING) for vm in arriving.values()]
-        return tuple(sorted(shown, key=lambda vm: vm.name))
+        return tuple(sorted((*shown, *others), key=lambda vm: vm.name))
+
+    def _others(self) -> tuple[VmSummary, ...]:
+        return self._runtime.vms() if self._runtime is not None else ()
 
     def running_since(self) -> Mapping[str, float]:
         """Return since when (UNIX time) each VM's guest is known to run here, by the VM's id; asks nobody.
@@ -68,8 +76,12 @@ class VmStates:
         while True:
             vms = self._vms.defined()
             self._known = {vm.id: self._known[vm.id] for vm in vms if vm.id in self._known}
-            here = {vm.id for vm in (*vms, *self._moving())}
+            others = self._others()
+            here = {vm.id for vm in (*vms, *self._moving())} | {other.id for other in others}
             self._since_s = {vm_id: since_s for vm_id, since_s in self._since_s.items() if vm_id in here}
+            for other in others:
+                if other.state is VmState.RUNNING:
+                    self._since_s.setdefault(other.id, self._wall_s())
             for vm in vms:
                 await self._look(vm)
                 for vm_id in tuple(self._urgent):

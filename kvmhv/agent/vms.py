@@ -53,7 +53,7 @@ class Vms:
         self._disks = self.disks = VmDisks(records, disks, images, owners)
         self._network = network
         self._images = images
-        self._claims = Claims()
+        self._claims = self.claims = Claims()
         self.settings = VmSettings(self._records, self._claims)
         self._taps = VmTaps(network)
         self._ends = VmEnds(self._records, hypervisor, self._claims, self._taps)

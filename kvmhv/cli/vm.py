@@ -15,7 +15,7 @@ from kvmhv.cli.move import check, move_vm
 from kvmhv.cli.parameters import IMAGE, NEW, VM, DiskText, Size
 from kvmhv.cli.session import Session, json_option
 from kvmhv.cli.storage_move import move_storage
-from kvmhv.model import CPUS_MAX, Disk, DiskSpec, IoStall, Nic, VmDetails, VmSpec, VmSummary
+from kvmhv.model import CPUS_MAX, OUTSIDE, Disk, DiskSpec, IoStall, Nic, VmDetails, VmSpec, VmSummary
 
 CREATE_TIMEOUT_S = 3600.0
 """Disks made of images are copied before the answer comes."""
@@ -188,10 +188,15 @@ def list_vms(session: Session) -> None:
     found = session.agent().call("GET", "vms", list[VmSummary])
 
     def draw() -> None:
-        rows = [(it.name, it.state, it.host, output.size_text(it.memory_bytes), it.cpus, it.id) for it in found]
-        output.table(("name", "state", "host", "memory", "cpus", "id"), rows)
+        others = any(it.runtime for it in found)
+        rows = [_row(it, (it.runtime or "kvmhv",) if others else ()) for it in found]
+        output.table(("name", "state", "host", "memory", "cpus", *(("run by",) if others else ()), "id"), rows)
 
     session.answer(found, draw)
+
+
+def _row(it: VmSummary, run_by: tuple[str, ...]) -> tuple[object, ...]:
+    return it.name, it.state, it.host, output.size_text(it.memory_bytes), it.cpus, *run_by, it.id
 
 
 @vm.command()
@@ -213,11 +218,12 @@ def _draw(details: VmDetails) -> None:
             ("id", it.id),
             ("state", details.state if details.exit_reason is None else f"{details.state} ({details.exit_reason})"),
             ("host", details.host),
+            ("run by", it.runtime or None),
             ("memory", output.size_text(it.memory_bytes)),
             ("cpus", f"{it.cpus} ({it.cpu})"),
             ("machine", it.machine),
-            ("boot", kernel),
-            ("epoch", it.epoch),
+            ("boot", kernel if not it.runtime else None),
+            ("epoch", it.epoch if not it.runtime else None),
             ("probe", it.probe),
             ("qemu", f"{details.qemu_version}, {details.accel}, process {details.pid}" if details.pid else None),
             ("started", output.time_text(details.started_at)),
@@ -240,7 +246,9 @@ def _stall_text(stall: IoStall) -> str:
 
 
 def _disk_row(disk: Disk) -> tuple[object, ...]:
-    layers = ", ".join(f"{layer.location}/{layer.path}" for layer in disk.layers)
+    layers = ", ".join(
+        layer.path if layer.location == OUTSIDE else f"{layer.location}/{layer.path}" for layer in disk.layers
+    )
     return disk.name, output.size_text(disk.size_bytes), disk.layers[0].format, layers
 
 

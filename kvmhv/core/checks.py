@@ -35,15 +35,15 @@ QEMU_OVERHEAD_BYTES = 64 * MIB
 
 
 def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -> tuple[Finding, ...]:
-    """Return all findings, errors first."""
+    """Return all findings, errors first. Of a VM that another program runs checks_steered.py has them."""
     found = [
-        *_guest(vm, source),
+        *guest(vm, source),
         *_identity(vm, target),
         *_processor(vm, source, target),
-        *_memory(vm, target),
+        *memory(vm, target),
         *_devices(vm, source, target),
         *_disks(vm, request, source, target),
-        *_channels(source, target),
+        *channels(source, target),
         *performance.findings(request.performance, source, target),
     ]
     return tuple(sorted(found, key=lambda finding: finding.severity != Severity.ERROR))
@@ -74,7 +74,8 @@ def _location(inventory: Inventory, name: str) -> Location | None:
     return next((location for location in inventory.locations if location.name == name), None)
 
 
-def _guest(vm: Vm, source: Inventory) -> Iterator[Finding]:
+def guest(vm: Vm, source: Inventory) -> Iterator[Finding]:
+    """Does it run, and can its QEMU send it?"""
     now = source.facts_of_vm
     if now is None or not now.running:
         yield _error(
@@ -198,7 +199,8 @@ def _hypervisors(vm: Vm, source: Inventory, target: Inventory) -> Iterator[Findi
         )
 
 
-def _memory(vm: Vm, target: Inventory) -> Iterator[Finding]:
+def memory(vm: Vm, target: Inventory) -> Iterator[Finding]:
+    """Has the target room for it?"""
     needed = vm.memory_bytes + QEMU_OVERHEAD_BYTES
     if needed > target.memory_available_bytes:
         yield _error(
@@ -319,7 +321,8 @@ def _caches(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) 
                     )
 
 
-def _channels(source: Inventory, target: Inventory) -> Iterator[Finding]:
+def channels(source: Inventory, target: Inventory) -> Iterator[Finding]:
+    """Can the two QEMUs be steered, and talk?"""
     for inventory in (source, target):
         for capability in NEEDED_CAPABILITIES:
             if capability not in inventory.qemu.capabilities:

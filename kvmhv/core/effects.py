@@ -62,7 +62,19 @@ class NeedOperator(Effect, frozen=True, kw_only=True):
     error: ErrorBody
 
 
+class Look(Effect, frozen=True, kw_only=True):
+    """Ask the program that runs the VM on this host where it is. Answered by Looked."""
+
+
 # --- source
+
+
+class Steer(Effect, frozen=True, kw_only=True):
+    """Let the program that runs the VM move it, disks and memory. Answered by MirrorProgress, PassStarted,
+    MemoryProgress, GuestStopped, ..., Handed.
+    """
+
+    plan: Plan
 
 
 class SendFiles(Effect, frozen=True, kw_only=True):

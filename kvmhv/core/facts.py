@@ -6,7 +6,7 @@
 from typing import TypeVar
 
 from kvmhv.messages import AnyMessage
-from kvmhv.model import ErrorBody, IncomingAddress, Struct
+from kvmhv.model import ErrorBody, IncomingAddress, Struct, Whereabouts
 
 
 class Fact(Struct, frozen=True, kw_only=True, tag_field="fact", tag=True):
@@ -87,7 +87,19 @@ class Undone(Fact, frozen=True, kw_only=True):
     """Source: what QEMU's connections carried, if that was counted."""
 
 
+class Looked(Fact, frozen=True, kw_only=True):
+    """What the program that runs the VM says of it on this host."""
+
+    found: Whereabouts
+
+
 # --- source
+
+
+class Handed(Fact, frozen=True, kw_only=True):
+    """The program's own move has ended, well or not; that alone proves nothing of where the VM is."""
+
+    error: ErrorBody | None = None
 
 
 class Started(Fact, frozen=True, kw_only=True):

@@ -17,6 +17,9 @@ from kvmhv.model import (
     Vm,
 )
 
+ENCRYPT = "tls"
+"""Capability: a VM that another program runs travels encrypted."""
+
 
 def make(
     vm: Vm,
@@ -43,7 +46,8 @@ def make(
             disks.append(disk)
             continue
         where = request.storage or disk.layers[0].location
-        arrived = msgspec.structs.replace(disk, layers=own_layers(vm, disk, where))
+        layers = disk.layers if vm.runtime else own_layers(vm, disk, where)
+        arrived = msgspec.structs.replace(disk, layers=layers)
         disks.append(arrived)
         copies.append(
             DiskCopy(
@@ -55,18 +59,21 @@ def make(
             )
         )
     disk_bytes = sum(copy.used_bytes for copy in copies)
-    channels = performance.choose(rule.performance, source, target, link_bytes_per_s)
+    channels = Channels() if vm.runtime else performance.choose(rule.performance, source, target, link_bytes_per_s)
     seconds, memory_bytes = estimate(vm, rule, source, throughput_bytes_per_s, disk_bytes, channels)
     return Plan(
         mode=Mode.SHARED_NOTHING if copies else Mode.SHARED_STORAGE,
         rule=rule,
         source_address=here.ip,
         target_address=there.ip,
-        capabilities=(
+        capabilities=_of_runtime(vm, source, target)
+        if vm.runtime
+        else (
             *_capabilities(copies, source, target),
             *performance.capabilities(channels),
             *blackout.capabilities(rule),
         ),
+        target_host=target.host,
         disk_copies=tuple(copies),
         target_vm=msgspec.structs.replace(vm, disks=tuple(disks), epoch=vm.epoch + 1),
         estimate_seconds=seconds,
@@ -80,6 +87,12 @@ def _capabilities(copies: list[DiskCopy], source: Inventory, target: Inventory) 
     """Without copies the target opens the disks for writing when it runs, and not when all is loaded: see LATE."""
     late = not copies and all(checks.LATE in host.qemu.capabilities for host in (source, target))
     return (*checks.NEEDED_CAPABILITIES, checks.LATE) if late else checks.NEEDED_CAPABILITIES
+
+
+def _of_runtime(vm: Vm, source: Inventory, target: Inventory) -> tuple[str, ...]:
+    """Return what is asked of the program that moves the VM."""
+    both = (host.runtimes.get(vm.runtime) for host in (source, target))
+    return (ENCRYPT,) if all(one is not None and one.encrypts for one in both) else ()
 
 
 def own_layers(vm: Vm, disk: Disk, location: str) -> tuple[Layer, ...]:

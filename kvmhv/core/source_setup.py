@@ -1,6 +1,6 @@
 """The source before the blackout: the check, the offer, disks and memory going over while the guest runs."""
 
-from kvmhv.core import blackout, checks, facts, plan, precopy, progress, source_switchover, source_undo
+from kvmhv.core import blackout, checks, checks_steered, facts, plan, precopy, progress, source_switchover, source_undo
 from kvmhv.core.effects import (
     ClearTimer,
     Effect,
@@ -47,7 +47,8 @@ def answered(state: SourceState, fact: facts.Fact) -> Result:
             exit_status=4,
         )
         return source_undo.end(state, fact.at_ms, Outcome.FAILED, error)
-    findings = checks.check(state.vm, state.request, state.inventory, message.inventory)
+    check = checks_steered.check if state.vm.runtime else checks.check
+    findings = check(state.vm, state.request, state.inventory, message.inventory)
     state = update(state, findings=findings)
     if any(finding.severity is Severity.ERROR for finding in findings):
         error = ErrorBody(

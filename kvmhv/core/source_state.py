@@ -31,11 +31,12 @@ from kvmhv.model import (
     Switchover,
     Timeouts,
     Vm,
+    Whereabouts,
 )
 
 
 class SourceStep(enum.StrEnum):
-    """Where the source is."""
+    """Where the source is. `aborting` and `concluding` are of VMs that another program runs (steered.py)."""
 
     ENQUIRING = "enquiring"
     OFFERING = "offering"
@@ -45,6 +46,8 @@ class SourceStep(enum.StrEnum):
     SWITCHING = "switching"
     GRANTED = "granted"
     CLEANUP = "cleanup"
+    ABORTING = "aborting"
+    CONCLUDING = "concluding"
     UNDOING = "undoing"
     ENDED = "ended"
 
@@ -141,6 +144,12 @@ class SourceState(Struct, frozen=True, kw_only=True):
     resumed: bool = False
     """After the undo the guest was seen to run here."""
     target_undone: bool = False
+
+    here: Whereabouts | None = None
+    """A VM of another program: what it says of it here, since this side asks."""
+    there: Whereabouts | None = None
+    looks_alike: int = 0
+    """How often both sides in a row left a conclusion that only time confirms."""
 
     @property
     def phase(self) -> Phase:

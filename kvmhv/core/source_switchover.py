@@ -52,11 +52,20 @@ def converged(state: SourceState, fact: facts.Fact) -> Result:
     """
     assert isinstance(fact, facts.PreSwitchover)
     state, entry = announce(state)
+    state = converged_by_itself(state, fact.at_ms)
+    state = update(state, step=SourceStep.STOPPING, guest_runs=False, pre_switchover=True)
+    stopped_ms = fact.at_ms if fact.stopped_ms is None else fact.stopped_ms
+    after, effects = guest_stopped(state, facts.GuestStopped(at_ms=fact.at_ms, told_ms=stopped_ms))
+    return after, [*entry, *effects, ClearTimer(name=IDLE_TIMER), *blackout_timer(after)]
+
+
+def converged_by_itself(state: SourceState, at_ms: float) -> SourceState:
+    """Note why a guest was stopped that nobody told to stop, and the pass that it was in."""
     complete = state.pass_begun.number if state.pass_begun else 1
     begun = state.pass_begun or _first_pass(state)
     if begun is not None:  # the passes that QEMU did not tell of are one for the records
         ended = facts.PassStarted(
-            at_ms=fact.at_ms,
+            at_ms=at_ms,
             number=begun.number + 1,
             sent_bytes=state.memory_sent_bytes,
             remaining_bytes=0,
@@ -64,11 +73,7 @@ def converged(state: SourceState, fact: facts.Fact) -> Result:
             dirty_bytes_per_s=0.0,
         )
         state = update(state, passes=(*state.passes, precopy.complete_pass(begun, ended)))
-    switchover = precopy.converged(complete)
-    state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False, pre_switchover=True)
-    stopped_ms = fact.at_ms if fact.stopped_ms is None else fact.stopped_ms
-    after, effects = guest_stopped(state, facts.GuestStopped(at_ms=fact.at_ms, told_ms=stopped_ms))
-    return after, [*entry, *effects, ClearTimer(name=IDLE_TIMER), *blackout_timer(after)]
+    return update(state, switchover=precopy.converged(complete))
 
 
 def _first_pass(state: SourceState) -> facts.PassStarted | None:

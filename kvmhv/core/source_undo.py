@@ -228,21 +228,21 @@ def qemu_gone(state: SourceState, fact: facts.Fact) -> Result:
 def timed_out(state: SourceState, fact: facts.Fact) -> Result:
     """A wait before the grant was too long."""
     assert isinstance(fact, facts.TimerFired)
+    return undo(state, fact.at_ms, Outcome.FAILED, too_long(state, fact))
+
+
+def too_long(state: SourceState, fact: facts.TimerFired) -> ErrorBody:
+    """Return what was waited for in vain."""
     where = state.target if state.step in (SourceStep.ENQUIRING, SourceStep.OFFERING) else state.source
     if fact.name == PEER_TIMER:
         text = f"the connection to {state.target} was lost and did not come back"
-        error = failed_body(
-            state, "peer-lost", text, f"see that {state.target} and its agent can be reached", state.target
-        )
-    elif fact.name == IDLE_TIMER:
+        todo = f"see that {state.target} and its agent can be reached"
+        return failed_body(state, "peer-lost", text, todo, state.target)
+    if fact.name == IDLE_TIMER:
         text = f"no progress in the {state.phase} phase for too long"
-        error = failed_body(
-            state, "no-progress", text, "see the network between the hosts and the target's disk", where
-        )
-    else:
-        text = f"the {state.phase} phase did not end in time"
-        error = failed_body(state, "timeout", text, f"see the agent's log on {state.target}", where)
-    return undo(state, fact.at_ms, Outcome.FAILED, error)
+        return failed_body(state, "no-progress", text, "see the network between the hosts and the target's disk", where)
+    text = f"the {state.phase} phase did not end in time"
+    return failed_body(state, "timeout", text, f"see the agent's log on {state.target}", where)
 
 
 def cancel(state: SourceState, fact: facts.Fact) -> Result:

@@ -47,11 +47,13 @@ STORAGE_PACKAGES = (
     "procps",  # ps, for whoever looks around
     "python3",  # PID 1
 )
-# What the benchmark's hosts have besides: what kvmhv is compared with.
+# What hosts with libvirt have besides: its guests are kvmhv's to move, and virsh is what kvmhv is compared with.
 LIBVIRT_PACKAGES = (
     "libvirt-daemon",  # libvirtd
     "libvirt-daemon-driver-qemu",  # its driver
     "libvirt-clients",  # virsh
+    "python3-libvirt",  # what the agent speaks to it with
+    "ovmf",  # guests with UEFI
     "openssl",  # the certificates that it wants
 )
 RECIPE_VERSION = 3

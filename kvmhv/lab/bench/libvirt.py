@@ -1,7 +1,7 @@
-"""virsh between two libvirtd of the lab's hosts, started by hand as a distribution would start them.
+"""virsh between two libvirtd of the lab's hosts (lab/libvirt.py).
 
-libvirtd 11 as Debian has it, without systemd and cgroups. The control connection of a peer-to-peer migration goes over
-plain TCP on the management network; `--tls` is about QEMU's own channels, for which the hosts have certificates.
+The control connection of a peer-to-peer migration goes over plain TCP on the management network; `--tls` is about
+QEMU's own channels, for which the hosts have certificates.
 """
 
 import subprocess
@@ -14,42 +14,7 @@ from kvmhv.lab.bench.machine import CPU_FEATURES, DIRECTORY, MACHINE, Hardware, 
 from kvmhv.lab.lab import LabHost
 
 NAME = "virsh"
-START_S = 60.0
 MOVE_S = 240.0
-LIBVIRTD_CONF = """
-listen_tls = 0
-listen_tcp = 1
-listen_addr = "{address}"
-auth_tcp = "none"
-auth_unix_rw = "none"
-unix_sock_group = "root"
-host_uuid = "{uuid}"
-"""
-QEMU_CONF = """
-cgroup_controllers = []
-namespaces = []
-security_driver = "none"
-user = "root"
-group = "root"
-stdio_handler = "file"
-remember_owner = 0
-migrate_tls_x509_cert_dir = "/etc/pki/qemu"
-migrate_tls_x509_verify = 0
-nbd_tls_x509_cert_dir = "/etc/pki/qemu"
-"""
-CERTIFICATES = """
-set -e
-mkdir -p {out}; cd {out}
-openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=lab -keyout ca-key.pem -out ca-cert.pem \
-    -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign 2>/dev/null
-for host in host1 host2; do
-    openssl req -newkey rsa:2048 -nodes -subj /CN=$host -keyout $host-key.pem -out $host.csr 2>/dev/null
-    printf 'subjectAltName=DNS:%s,IP:%s\\nextendedKeyUsage=serverAuth,clientAuth\\n' $host \
-        $([ $host = host1 ] && echo {first} || echo {second}) > $host.ext
-    openssl x509 -req -days 2 -in $host.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -extfile $host.ext \
-        -out $host-cert.pem 2>/dev/null
-done
-"""
 
 
 @dataclass(frozen=True)
@@ -59,50 +24,6 @@ class VirshMove:
     wall_s: float
     cpu_s: float
     qemu_s: float
-
-
-class Libvirt:
-    """libvirtd on both hosts. Made once for a run; everything ends with the lab."""
-
-    def __init__(self, hosts: tuple[LabHost, LabHost]) -> None:
-        """Configure and start both; HostError `bench-step` when one does not answer."""
-        self._hosts = hosts
-        self._certify()
-        for number, host in enumerate(hosts, 1):
-            address = host.plan.addresses["management"]
-            uuid = f"{number}0000000-0000-4000-8000-00000000000{number}"
-            host.path("/etc/libvirt/libvirtd.conf").write_text(LIBVIRTD_CONF.format(address=address, uuid=uuid))
-            host.path("/etc/libvirt/qemu.conf").write_text(QEMU_CONF)
-            host.exec(["libvirtd", "--daemon", "--listen"], timeout_s=START_S)
-        for host in hosts:
-            self._wait(host)
-
-    def version(self) -> str:
-        """Return libvirt's version."""
-        return self._hosts[0].exec(["virsh", "--version"]).stdout.strip()
-
-    def _certify(self) -> None:
-        """Give both hosts certificates of one authority, for QEMU's TLS."""
-        first, second = (host.plan.addresses["migration"] for host in self._hosts)
-        out = f"{DIRECTORY}/pki"
-        maker = self._hosts[0]
-        maker.exec(["sh", "-c", CERTIFICATES.format(out=out, first=first, second=second)], timeout_s=START_S)
-        made = maker.path(out)
-        for host in self._hosts:
-            pki = host.path("/etc/pki/qemu")
-            pki.mkdir(parents=True, exist_ok=True)
-            (pki / "ca-cert.pem").write_bytes((made / "ca-cert.pem").read_bytes())
-            for end in ("server", "client"):
-                for part in ("cert", "key"):
-                    content = (made / f"{host.name}-{part}.pem").read_bytes()
-                    (pki / f"{end}-{part}.pem").write_bytes(content)
-
-    def _wait(self, host: LabHost) -> None:
-        deadline_s = time.monotonic() + START_S
-        while host.exec(["virsh", "-q", "list"], check=False).returncode:
-            if time.monotonic() > deadline_s:
-                raise HostError("bench-step", f"libvirtd on {host.name} does not answer")
-            time.sleep(0.1)
 
 
 class VirshGuest:

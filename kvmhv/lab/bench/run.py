@@ -14,12 +14,13 @@ from kvmhv.errors import HostError
 from kvmhv.lab.bench import figures, meters, scale
 from kvmhv.lab.bench.cases import DOWNTIME_S, GUEST_NUMBERS, KVMHV, RAW, VIRSH, Case, Way
 from kvmhv.lab.bench.figures import Measured, Rounds
-from kvmhv.lab.bench.libvirt import Libvirt, VirshGuest
+from kvmhv.lab.bench.libvirt import VirshGuest
 from kvmhv.lab.bench.machine import furnish, hardware, make_disk, make_tap
 from kvmhv.lab.bench.product import KvmhvGuest
 from kvmhv.lab.bench.raw import RawGuest
 from kvmhv.lab.guest_images import ensure_guest_images
 from kvmhv.lab.lab import Lab, LabHost
+from kvmhv.lab.libvirt import Libvirt
 from kvmhv.lab.plan import LIBVIRT_TREE, rate_bits_per_second
 from kvmhv.lab.steps import Progress
 
