@@ -69,6 +69,7 @@ class Moves:
         self._hypervisor = hypervisor
         self._peer = peer
         self._journal = journal
+        self._shelf = past_moves.Shelf()
         self._clock = clock
         self._inventories = inventories
         self._sharing = sharing
@@ -151,16 +152,18 @@ class Moves:
         runner = self._open.leave(state)
         return runner.report()
 
-    async def list(self) -> tuple[MoveReport, ...]:
-        """Return the moves that run and the ended ones that are kept, the newest last."""
-        return (*past_moves.read(self._journal.reports()), *self._open.reports())
+    async def list(self) -> tuple[MoveReport | msgspec.Raw, ...]:
+        """Return the moves that run and the ended ones that are kept (as JSON), the newest last."""
+        return (*self._shelf.listed(self._journal.reports()), *self._open.reports())
 
     async def show(self, move_id: str) -> MoveReport:
         """Return one move by its id or an unambiguous prefix.
 
         Raises CallerError `move-unknown`, `move-ambiguous`.
         """
-        found = {report.id: report for report in await self.list() if report.id.startswith(move_id)} if move_id else {}
+        running = [report for report in self._open.reports() if report.id.startswith(move_id)]
+        ended = past_moves.find(self._journal.reports(), move_id)
+        found = {report.id: report for report in (*ended, *running)} if move_id else {}
         if not found:
             raise CallerError("move-unknown", f"there is no move {move_id!r}", "see `kvmhv move list`", http_status=404)
         if len(found) > 1:
@@ -376,7 +379,7 @@ class Moves:
 
     def _ended(self, move_id: str, other: str) -> MoveReport | None:
         """Return how a move with that host ended here: a third one is told nothing of it."""
-        for report in past_moves.read(self._journal.reports()):
+        for report in past_moves.find(self._journal.reports(), move_id):
             if report.id == move_id and other in (report.source, report.target):
                 return report
         return None

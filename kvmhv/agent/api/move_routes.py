@@ -36,7 +36,7 @@ async def start_storage(api: Services, call: Call) -> MoveReport:
     return await api.storage_moves.start(body, call.asked())
 
 
-async def list_moves(api: Services, call: Call) -> tuple[MoveReport, ...]:
+async def list_moves(api: Services, call: Call) -> tuple[MoveReport | msgspec.Raw, ...]:
     """Answer GET /v1/moves."""
     return await api.moves.list()
 

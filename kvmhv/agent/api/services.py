@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from kvmhv.agent.api.host_view import HostView, RunningMoves
 from kvmhv.agent.api.other_hosts import OtherHosts
 from kvmhv.agent.api.trusting import Trusting
@@ -145,8 +147,8 @@ class Moves(Protocol):
         """Begin a move; returns when it is admitted."""
         ...
 
-    async def list(self) -> tuple[MoveReport, ...]:
-        """Return the moves that run and the ended ones that are kept, the newest last."""
+    async def list(self) -> tuple[MoveReport | msgspec.Raw, ...]:
+        """Return the moves that run and the ended ones that are kept (as JSON), the newest last."""
         ...
 
     async def show(self, move_id: str) -> MoveReport:
