@@ -4,8 +4,10 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvmhv.agent.chronicle import RECENT, Chronicle
+from kvmhv.agent.events import move_refused_in
 from kvmhv.agent.metrics import Metrics, Snapshot
 from kvmhv.agent.timed_journal import TimedJournal
+from kvmhv.errors import Refused
 from kvmhv.model import HostSettings, Outcome
 from tests.cli_agent import report
 from tests.test_events import Memory, made
@@ -36,6 +38,33 @@ def test_a_gap_is_counted_once_whenever_it_comes() -> None:
         assert count(metrics, "kvmhv_migration_network_gap_seconds_count") == 1
         assert count(metrics, "kvmhv_migrations_total") == 1
     assert chronicle.recent() == (with_gap,)
+
+
+def test_an_answer_to_the_probe_is_the_source_s_and_counted_once_whenever_it_comes() -> None:
+    early, late = Metrics("1", "a"), Metrics("1", "b")
+    leaving = msgspec.structs.replace(DONE, direction="out")
+    answered = msgspec.structs.replace(leaving, answer_gap_ms=99.0)
+    log = made(Memory())
+    Chronicle(early, log).ended(answered)
+    assert [event.kind for event in log.list()].count("answer-gap") == 1
+    chronicle = Chronicle(late, log)
+    chronicle.ended(leaving)
+    chronicle.answer_gap(answered)
+    for metrics in (early, late):
+        assert count(metrics, "kvmhv_migration_answer_gap_seconds_count") == 1
+    assert chronicle.recent() == (answered,)
+    at_target = Metrics("1", "c")
+    Chronicle(at_target, log).ended(msgspec.structs.replace(answered, direction="in"))
+    assert count(at_target, "kvmhv_migration_answer_gap_seconds_count") == 0
+
+
+def test_a_move_that_was_not_admitted_is_told_and_counted() -> None:
+    metrics, log = Metrics("1", "a"), made(Memory())
+    error = Refused("limit-reached", "host2 has 2 incoming moves and allows 2")
+    Chronicle(metrics, log).refused("in", error, move_refused_in("host1", "web01", error))
+    assert count(metrics, "kvmhv_migrations_refused_total") == 1
+    assert count(metrics, "kvmhv_migrations_total") == 0
+    assert [(event.kind, event.hyperv) for event in log.list()] == [("move-refused", 21501)]
 
 
 def test_the_same_trouble_is_told_once() -> None:

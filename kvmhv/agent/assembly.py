@@ -101,7 +101,7 @@ class Agent:
             sharing=self._sharing,
             owners=self._owners,
             open_moves=self._open_moves,
-            log_of_events=ground.log_of_events,
+            chronicle=ground.chronicle,
         )
         self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving, runtime=ground.runtime)
         self._io_watch = IoWatch(

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from kvmhv.agent import events, past_moves
 from kvmhv.agent.events import Events
 from kvmhv.agent.metrics import Metrics
-from kvmhv.model import MoveReport
+from kvmhv.errors import KvmhvError
+from kvmhv.model import Event, MoveReport
 
 TOLD_MAX = 1000
 RECENT = 20
@@ -26,6 +27,15 @@ class Chronicle:
     def recent(self) -> tuple[MoveReport, ...]:
         """Return the last moves that ended, the newest first; reads no disk."""
         return tuple(reversed(self._recent))
+
+    def tell(self, event: Event) -> None:
+        """Tell what is not counted."""
+        self._log.add(event)
+
+    def refused(self, direction: str, error: KvmhvError, event: Event) -> None:
+        """Count and tell a move that was not admitted here; there is no report of it."""
+        self._metrics.move_refused(direction, error.code)
+        self._log.add(event)
 
     def ended(self, report: MoveReport) -> None:
         """Count a move's end and tell it."""

@@ -57,6 +57,14 @@ class Metrics:
             ("cause",),
             registry=registry,
         )
+        self._refused = Counter(
+            "kvmhv_migrations_refused",
+            "Moves that were asked for or offered and not admitted here, by the error's code; nothing queues.",
+            ("direction", "reason"),
+            registry=registry,
+        )
+        for direction in ("out", "in"):
+            self._refused.labels(direction, "limit-reached")
         self._lag_s = _latency(registry, "event_loop_lag", "How late the agent's event loop came to a timer.")
         self._qmp_s = _latency(registry, "qmp_command", "How long QEMU took to answer a QMP command.")
         self._journal_s = _latency(
@@ -80,6 +88,10 @@ class Metrics:
         """Count the gap to a probe's first answer: on the source, once, at the move's end or when it is known."""
         if report.answer_gap_ms is not None:
             self._figures.answer_gap_s.observe(report.answer_gap_ms / 1000)
+
+    def move_refused(self, direction: str, reason: str) -> None:
+        """Count a move that was not admitted; `reason` is an error's code."""
+        self._refused.labels(direction, reason).inc()
 
     def peer_refused(self, cause: str) -> None:
         """Count a refused connection; `cause` is one of a few fixed words."""

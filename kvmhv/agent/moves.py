@@ -11,8 +11,8 @@ import structlog
 
 from kvmhv.agent import arriving_files, events, past_moves
 from kvmhv.agent.api.services import CheckReport
+from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.enquiry import enquire
-from kvmhv.agent.events import Events
 from kvmhv.agent.host_vms import HostVms
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.link import Link
@@ -60,7 +60,7 @@ class Moves:
         sharing: Sharing,
         owners: Owners,
         open_moves: OpenMoves,
-        log_of_events: Events,
+        chronicle: Chronicle,
     ) -> None:
         self._config = config
         self._settings = settings
@@ -75,7 +75,7 @@ class Moves:
         self._sharing = sharing
         self._owners = owners
         self._open = open_moves
-        self._events = log_of_events
+        self._chronicle = chronicle
 
     # --- for operators
 
@@ -105,9 +105,9 @@ class Moves:
         try:
             report = await self._start(request, asked)
         except KvmhvError as error:
-            self._events.add(events.move_refused(request.vm, request.target, asked, error))
+            self._chronicle.refused("out", error, events.move_refused(request.vm, request.target, asked, error))
             raise
-        self._events.add(events.move_asked(report, asked))
+        self._chronicle.tell(events.move_asked(report, asked))
         return report
 
     async def _start(self, request: MoveRequest, asked: Asked) -> MoveReport:
@@ -300,7 +300,7 @@ class Moves:
         vm = offer.plan.target_vm
         if refusal is not None:
             error = _as_error(refusal)
-            self._events.add(events.move_refused_in(connection.peer_name, vm.name, error))
+            self._chronicle.refused("in", error, events.move_refused_in(connection.peer_name, vm.name, error))
             raise error
         if offer.epoch != vm.epoch:
             raise PeerBroke("protocol-order", "the offer's epoch is not the VM's", host=connection.peer_name)
