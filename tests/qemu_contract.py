@@ -1,7 +1,7 @@
 """What the machines of the core rely on in two QEMUs that migrate: asked of the real ones and of the simulated ones.
 
-Each scenario is run by tests/real/test_qemu_contract.py with real QEMU and by tests/sim/test_sim_contract.py with that of
-the simulation. What is true of the one must be true of the other: else the simulation proves nothing.
+Each scenario is run by tests/real/test_qemu_contract.py with real QEMU and by tests/sim/test_sim_contract.py with that
+of the simulation. What is true of the one must be true of the other: else the simulation proves nothing.
 """
 
 from collections.abc import Awaitable, Callable
