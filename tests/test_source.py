@@ -292,6 +292,10 @@ def test_a_guest_that_does_not_go_on_is_told_and_tried_again() -> None:
     assert driven.state.step is S.UNDOING
     driven.told(facts.TimerFired(at_ms=60, name="step"))
     assert [kind for kind in driven.kinds() if kind in (ef.Cont, ef.NeedOperator)] == [ef.Cont, ef.NeedOperator]
+    shown = report(driven.state, 60)
+    assert (shown.outcome, shown.error and shown.error.code) == (Outcome.NEEDS_OPERATOR, "resume-failed")
+    driven.told(facts.TimerFired(at_ms=60, name="step"))
+    assert [kind for kind in driven.kinds() if kind in (ef.Cont, ef.NeedOperator)] == [ef.Cont]
     assert driven.told(facts.GuestRuns(at_ms=61, resumed_ms=61)).final().outcome is Outcome.CANCELLED
 
 

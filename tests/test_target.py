@@ -193,7 +193,10 @@ def test_a_refusal_is_not_said_while_its_qemu_cannot_be_ended() -> None:
     for _ in range(10):
         assert driven.told(hangs).said() == []
         assert driven.told(facts.TimerFired(at_ms=1, name="step")).kinds() == [ef.UndoTarget, ef.SetTimer]
+    shown = target.report(driven.state)
+    assert (shown.outcome, shown.error and shown.error.code) == (Outcome.NEEDS_OPERATOR, "qemu-unkillable")
     assert driven.told(facts.Undone(at_ms=2)).said()
+    assert driven.final().outcome is Outcome.FAILED
 
 
 def test_what_else_cannot_be_removed_is_a_warning_in_the_end() -> None:

@@ -33,7 +33,7 @@ from kvmhv.core.storage_state import StorageState
 from kvmhv.core.target import TargetState
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.messages import AnyMessage
-from kvmhv.model import MoveReport, Outcome
+from kvmhv.model import ErrorBody, MoveReport, Outcome
 from kvmhv.ports import Clock, QemuEvent
 from kvmhv.ports import Journal as JournalPort
 
@@ -47,6 +47,8 @@ WORK = (
 )
 """Effects that have lost their meaning when the move's traces are taken back."""
 
+JOURNAL_AGAIN_S = 1.0
+"""A journal that cannot be written (the disk is full) is tried again so often: nothing may be done before it is."""
 FINISH_WAIT_S = 30.0
 """How long the last effects (a Cont, say) may take before a move that has ended is put away."""
 
@@ -99,6 +101,8 @@ class Runner:
         """Timers that are over and were not set anew or cleared since."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
+        self._not_kept: ErrorBody | None = None
+        """Why the journal cannot be written now."""
         self._log = log.bind(move=state.move_id, role=machine.role)
 
     # --- facts in
@@ -163,7 +167,11 @@ class Runner:
 
     def report(self) -> MoveReport:
         """Return the move as it stands now."""
-        return self.final or self.machine.report(self.state, self._clock.monotonic_ms())
+        report = self.final or self.machine.report(self.state, self._clock.monotonic_ms())
+        if self._not_kept is None:
+            return report
+        error = self._not_kept
+        return msgspec.structs.replace(report, outcome=Outcome.NEEDS_OPERATOR, reason=error.message, error=error)
 
     async def changes(self) -> AsyncIterator[MoveReport]:
         """Yield the report now and after each change, the last one when the move has ended."""
@@ -185,7 +193,8 @@ class Runner:
         match effect:
             case Journal(durable=durable):
                 state = msgspec.msgpack.encode(self.state)
-                self._journal.write(self.state.move_id, self.machine.role, state, durable=durable)
+                write = self._journal.write
+                await self._kept(lambda: write(self.state.move_id, self.machine.role, state, durable=durable))
             case Send(message=message):
                 if self.link is not None:
                     self.link.send(message)
@@ -232,8 +241,25 @@ class Runner:
         if pending:
             await asyncio.wait(pending, timeout=FINISH_WAIT_S)
         report = msgspec.structs.replace(report, ended_at=self._clock.wall_s())
-        self._journal.end(self.state.move_id, self.machine.role, msgspec.json.encode(report))
+        await self._kept(lambda: self._journal.end(self.state.move_id, self.machine.role, msgspec.json.encode(report)))
         self.final = report
+
+    async def _kept(self, write: Callable[[], None]) -> None:
+        """Return when something is in the journal; the move stands still until it is, and says so."""
+        while True:
+            try:
+                write()
+            except HostError as error:
+                if self._not_kept is None:
+                    self._log.error("the journal cannot be written: the move stands still", error=str(error))
+                    self._not_kept = error.body()
+                    with contextlib.suppress(HostError):  # to tell it may want the same disk
+                        self.on_need_operator(self.report())
+                    await self._notify()
+                await asyncio.sleep(JOURNAL_AGAIN_S)
+            else:
+                self._not_kept = None
+                return
 
     # --- QEMU's events, timers, watchers
 

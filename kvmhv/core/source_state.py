@@ -139,6 +139,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     undone: bool = False
     """The undo was tried, so the guest may go on."""
     undo_tries: int = 0
+    stuck: ErrorBody | None = None
+    """Why the guest does not go on here, while that is tried again."""
     cleared: bool = False
     """What the move made here is taken back, or was given up after so many tries."""
     resumed: bool = False
@@ -219,6 +221,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
     if state.stopped_ms is not None and state.resumed_ms is not None:
         blackout_ms = max(0.0, state.resumed_ms - state.stopped_ms)
     standing = standing_of(state, now_ms)
+    failure = state.stuck or state.failure
     runs = state.outcome is Outcome.RUNNING and state.step is not SourceStep.UNDOING
     return MoveReport(
         id=state.move_id,
@@ -228,9 +231,9 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         target=state.target,
         direction="out",
         mode=state.plan.mode if state.plan else None,
-        outcome=Outcome.RUNNING if state.step is SourceStep.UNDOING else state.outcome,
-        reason=state.failure.message if state.failure else None,
-        error=state.failure,
+        outcome=_shown_outcome(state),
+        reason=failure.message if failure else None,
+        error=failure,
         phase=state.phase,
         phases=phase_times(state, now_ms),
         passes=state.passes,
@@ -268,6 +271,13 @@ def _answer_gap_ms(state: SourceState) -> float | None:
     if state.stopped_ms is None or state.answered_ms is None:
         return None
     return max(0.0, state.answered_ms - state.stopped_ms)
+
+
+def _shown_outcome(state: SourceState) -> Outcome:
+    """A move that is taken back has not ended: it runs, or it cannot be taken back without the operator."""
+    if state.step is not SourceStep.UNDOING:
+        return state.outcome
+    return Outcome.NEEDS_OPERATOR if state.stuck is not None else Outcome.RUNNING
 
 
 def _shown_progress(state: SourceState, standing: progress.Standing) -> float:

@@ -61,7 +61,7 @@ def end(state: SourceState, at_ms: float, outcome: Outcome, error: ErrorBody) ->
         text = f"{text}; its QEMU on {state.source} is gone: the VM is stopped there"
         error = msgspec.structs.replace(error, message=text, exit_status=1)
         outcome = Outcome.FAILED  # nobody may read "cancelled" as "it runs"
-    state = update(state, step=SourceStep.ENDED, outcome=outcome, failure=error).end_phases(at_ms)
+    state = update(state, step=SourceStep.ENDED, outcome=outcome, failure=error, stuck=None).end_phases(at_ms)
     return state, [Finish(report=report(state, at_ms))]
 
 
@@ -83,7 +83,8 @@ def _resume(state: SourceState, at_ms: float) -> Result:
 
 def resumed(state: SourceState, fact: facts.Fact) -> Result:
     """The guest runs here again."""
-    return _end_when_undone(update(state, resumed=True, guest_runs=state.hold.may_run()), fact.at_ms)
+    state = update(state, resumed=True, guest_runs=state.hold.may_run(), stuck=None)
+    return _end_when_undone(state, fact.at_ms)
 
 
 def target_undone(state: SourceState, fact: facts.Fact) -> Result:
@@ -152,7 +153,8 @@ def undo_too_long(state: SourceState, fact: facts.Fact) -> Result:
         host=state.source,
         exit_status=5,
     )
-    return state, [*effects, *handover.resume_at_source(state.hold, state.vm.id), NeedOperator(error=error)]
+    tell = [] if state.stuck is not None else [NeedOperator(error=error)]
+    return update(state, stuck=error), [*effects, *handover.resume_at_source(state.hold, state.vm.id), *tell]
 
 
 def _count_try(state: SourceState, why: str) -> SourceState:

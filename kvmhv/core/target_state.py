@@ -45,6 +45,8 @@ class TargetState(Struct, frozen=True, kw_only=True):
     preparing: bool = False
     """Prepare is under way: what it makes can only be taken back when it has answered."""
     undo_tries: int = 0
+    stuck: ErrorBody | None = None
+    """Why it cannot be taken back, while that is tried again."""
     address: IncomingAddress | None = None
     mirrors_ended: bool = False
     held: bool = False
@@ -90,7 +92,9 @@ def report(state: TargetState) -> MoveReport:
             state.source_report, direction="in", warnings=(*state.source_report.warnings, *state.warnings)
         )
         return first_frame.noted(whole, state.first_frame_after_ms)
-    vm = state.vm
+    vm, failure, outcome = state.vm, state.stuck or state.failure, state.outcome
+    if state.step is TargetStep.UNDOING:
+        outcome = Outcome.RUNNING if state.stuck is None else Outcome.NEEDS_OPERATOR
     phase = Phase.CLEANUP if state.step in (TargetStep.SETTLING, TargetStep.ENDED) else Phase.SETUP
     if state.step in (TargetStep.WAITING, TargetStep.STARTING):
         phase = Phase.STATE if state.mirrors_ended or state.transferred else Phase.MEMORY
@@ -102,9 +106,9 @@ def report(state: TargetState) -> MoveReport:
         target=state.target,
         direction="in",
         mode=state.plan.mode,
-        outcome=Outcome.RUNNING if state.step is TargetStep.UNDOING else state.outcome,
-        reason=state.failure.message if state.failure else None,
-        error=state.failure,
+        outcome=outcome,
+        reason=failure.message if failure else None,
+        error=failure,
         phase=phase,
         phases=(),
         passes=(),

@@ -42,6 +42,7 @@ def undo_failed(state: TargetState, fact: facts.Fact) -> Result:
     state = update(state, undo_tries=state.undo_tries + 1)
     if state.undo_tries < UNDO_TRIES or fact.error.code == UNKILLABLE:
         tell: list[Effect] = [NeedOperator(error=fact.error)] if state.undo_tries == UNDO_TRIES else []
+        state = update(state, stuck=fact.error) if state.undo_tries >= UNDO_TRIES else state
         return state, [SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s / 10), *tell]
     return _end_refused(update(state, warnings=(*state.warnings, fact.error.message)))
 
@@ -56,7 +57,7 @@ def _end_refused(state: TargetState) -> Result:
     error = state.failure
     assert error is not None
     outcome = Outcome.CANCELLED if error.code == "cancelled" else Outcome.FAILED
-    state = update(state, step=TargetStep.ENDED, outcome=outcome)
+    state = update(state, step=TargetStep.ENDED, outcome=outcome, stuck=None)
     refused = Refused(epoch=state.hold.epoch, error=error)
     return state, [Send(message=refused), Finish(report=report(state))]
 

@@ -1,8 +1,10 @@
 """The faults of the matrix: each strikes while every move is held in its phase, lets the moves go on, waits where what
 it breaks has to be noticed by a deadline, and mends what an operator would mend."""
 
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tests.real.moving import Side, until
 from tests.real.stage import Stage
@@ -49,6 +51,85 @@ def _host_off(name: str, other: str) -> Callable[[Stage], None]:
     return strike
 
 
+def _host_frozen(name: str, other: str) -> Callable[[Stage], None]:
+    def strike(stage: Stage) -> None:
+        side: Side = getattr(stage, name)
+        side.host.freeze()
+        stage.go_on()
+        _noticed(stage, getattr(stage, other))
+        side.host.thaw()
+
+    return strike
+
+
+def _agent_frozen(name: str) -> Callable[[Stage], None]:
+    """For a moment: long enough that every move has gone on to where it waits for this agent, or for nobody."""
+
+    def strike(stage: Stage) -> None:
+        pid = stage.agent(getattr(stage, name))
+        os.kill(pid, signal.SIGSTOP)
+        stage.go_on()
+        os.kill(pid, signal.SIGCONT)
+
+    return strike
+
+
+def _qemus_frozen(name: str) -> Callable[[Stage], None]:
+    def strike(stage: Stage) -> None:
+        side: Side = getattr(stage, name)
+        for player in stage.players:
+            stage.signal(side, player, signal.SIGSTOP)
+        stage.release()
+        _noticed(stage, stage.a)
+        for player in stage.players:
+            stage.signal(side, player, signal.SIGCONT)
+        stage.go_on()
+
+    return strike
+
+
+def _cable_cut(network: str) -> Callable[[Stage], None]:
+    def strike(stage: Stage) -> None:
+        stage.b.host.cut(network)
+        stage.go_on()
+        _noticed(stage, stage.a)
+        stage.b.host.mend(network)
+
+    return strike
+
+
+def _connections_broken(which: int) -> Callable[[Stage], None]:
+    def strike(stage: Stage) -> None:
+        for player in stage.players:
+            assert stage.break_connections(player, which), f"{player.name} has no such connection"
+        stage.go_on()
+
+    return strike
+
+
+def _target_disk_full(stage: Stage) -> None:
+    stage.b.sh("head -c 100M /dev/zero > /var/lib/kvmhv-small/full || true")
+    stage.go_on()
+    _noticed(stage, stage.a)
+    stage.b.sh("rm /var/lib/kvmhv-small/full")
+
+
+@contextmanager
+def prepared(fault: str, stage: Stage) -> Iterator[None]:
+    """Give the target a disk that can become full, where it shall."""
+    if fault != "target disk full":
+        yield
+        return
+    stage.b.sh("mount -t tmpfs -o size=24M small /var/lib/kvmhv-small")
+    stage.storage = "small"
+    try:
+        yield
+    finally:
+        stage.b.sh("umount -l /var/lib/kvmhv-small")
+
+
+MEMORY, DISK = 0, 1
+
 FAULTS: dict[str, Callable[[Stage], None]] = {
     "source agent killed": _agents_killed("a"),
     "target agent killed": _agents_killed("b"),
@@ -57,4 +138,15 @@ FAULTS: dict[str, Callable[[Stage], None]] = {
     "target QEMU killed": _qemus_killed("b"),
     "source host off": _host_off("a", "b"),
     "target host off": _host_off("b", "a"),
+    "source agent frozen": _agent_frozen("a"),
+    "target agent frozen": _agent_frozen("b"),
+    "source QEMU frozen": _qemus_frozen("a"),
+    "target QEMU frozen": _qemus_frozen("b"),
+    "source host frozen": _host_frozen("a", "b"),
+    "target host frozen": _host_frozen("b", "a"),
+    "control cable cut": _cable_cut("management"),
+    "migration cable cut": _cable_cut("migration"),
+    "memory link broken": _connections_broken(MEMORY),
+    "disk link broken": _connections_broken(DISK),
+    "target disk full": _target_disk_full,
 }

@@ -4,14 +4,18 @@ A fault that hits a host or an agent then hits every phase in one blow; a fault 
 dealt to each VM. Where a move is held is exact (held_agent.py): nothing here is placed by waiting for a time.
 """
 
+import ctypes
+import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmhv.drivers.qemu.process import PIDFD_GETFD
 from kvmhv.errors import CallerError, KvmhvError
 from kvmhv.lab import oracle, processes
 from kvmhv.lab.guest_images import GuestImages, write_boot_guest
@@ -69,6 +73,8 @@ class Stage:
 
     def __init__(self, lab: Lab, images: GuestImages, phases: Iterable[str]) -> None:
         self.lab = lab
+        self.storage: str | None = None
+        """The location at the target; None: where the disks were."""
         self.a, self.b = Side(lab.host("host1")), Side(lab.host("host2"))
         self.sides = (self.a, self.b)
         self.witness = Witness(lab, (self.a.name, self.b.name))
@@ -120,6 +126,12 @@ class Stage:
         if pid is not None:
             os.kill(pid, number)
 
+    def break_connections(self, player: Player, which: int) -> int:
+        """Break the memory (0) or the disk (1) connections of a move, as seen from its source; returns how many."""
+        peer = json.loads((run_dir(self.lab.name, self.a.name) / "vm" / player.id / "peer.json").read_text())
+        pid = self.qemu(self.a, player)
+        return break_tcp(pid, peer["ports"][which]) if pid is not None else 0
+
     # ---- the play
 
     def enter(self) -> None:
@@ -147,12 +159,18 @@ class Stage:
         for player in self.players:
             until(f"{player.name} writes", lambda p=player: len(self.witness.acks(p.id, "vdc")) > 3)
 
+    def begin(self, player: Player, source: Side, target: Side, *, slow: bool = True) -> None:
+        """Begin a player's move."""
+        body: dict[str, object] = {"vm": player.name, "target": target.name, "include_storage": True}
+        if slow:
+            body |= {"storage": self.storage, **SLOW}
+        player.move = self.call(source, "POST", f"vms/{player.name}/move", body)["id"]
+
     def set_out(self) -> None:
         """Begin every move, and wait until each is held in its phase."""
         for player in self.players:
             self._place(player, "at").touch()
-            body = {"vm": player.name, "target": self.b.name, "include_storage": True, **SLOW}
-            player.move = self.call(self.a, "POST", f"vms/{player.name}/move", body)["id"]
+            self.begin(player, self.a, self.b)
         for player in self.players:
             until(f"{player.name} is held", self._place(player, "held").exists, 60)
         for player in self.players:
@@ -166,16 +184,21 @@ class Stage:
                 log = run_dir(self.lab.name, self.a.name) / "vm" / player.id / "qmp.log"
                 until("the device state", lambda log=log: '"status":"device"' in log.read_text())
 
-    def go_on(self) -> None:
-        """Let go of every move that is still held, and of the QEMU that was stopped to hold one."""
+    def release(self) -> None:
+        """Let go of every move that is still held."""
         for player in self.players:
             self._release(player)
+
+    def go_on(self) -> None:
+        """Let go of every move, and of the QEMU that was stopped to hold one."""
+        self.release()
+        for player in self.players:
             if player.phase == "device state":
                 self.signal(self.b, player, signal.SIGCONT)
 
-    def outcomes(self, player: Player) -> tuple[str, ...]:
+    def outcomes(self, player: Player, sides: tuple[Side, ...] = ()) -> tuple[str, ...]:
         """Return how each host calls the outcome of a move now; `unknown` while its agent does not say."""
-        seen = [self.report(side, player) for side in self.sides]
+        seen = [self.report(side, player) for side in sides or self.sides]
         return tuple("unknown" if report is None else str(report["outcome"]) for report in seen)
 
     def undecided(self, side: Side) -> list[Player]:
@@ -217,19 +240,35 @@ class Stage:
     # ---- the end
 
     def leave(self) -> None:
-        """Take everything away."""
+        """Mend what is broken still, and take everything away."""
+        for side in self.sides:
+            if side.host.state == "off":
+                side.host.boot()
+            side.host.thaw()
+            for network in ("management", "migration"):
+                side.host.mend(network)
         for side in self.sides:
             for name in ("at", "held"):
                 for file in self._hold(side, name).iterdir():
                     file.unlink()
-            for player in self.players:
-                report = self.report(side, player) if player.move else None
+        for player in self.players:
+            until(f"{player.name} can go", lambda p=player: self._is_removed(p))
+        self.a.sh("rm -rf /srv/*")
+
+    def _is_removed(self, player: Player) -> bool:
+        for side in self.sides:
+            report = self.report(side, player) if player.move else None
+            if report is not None and report["outcome"] == "running":
+                return False
+            try:
                 if report is not None and report["outcome"] == "needs-operator":
                     self.resolve(side, player)
                 if self.state(side, player) != "absent":
                     self.call(side, "POST", f"vms/{player.name}/stop", {"force": True})
                     self.call(side, "DELETE", f"vms/{player.name}")
-        self.a.sh("rm -rf /srv/*")
+            except KvmhvError:
+                return False  # a move still has it, or was resolved meanwhile
+        return True
 
     # ---
 
@@ -247,7 +286,7 @@ class Stage:
         return self._hold(self._side_of(player), name) / player.hold
 
     def _release(self, player: Player) -> None:
-        if self._side_of(player).host.state == "running":
+        if self._side_of(player).host.state != "off":
             for name in ("at", "held"):
                 self._place(player, name).unlink(missing_ok=True)
 
@@ -257,3 +296,28 @@ def _arguments(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return []
+
+
+def break_tcp(pid: int, port: int) -> int:
+    """Shut down a process's TCP connections to a port, from outside; returns how many there were."""
+    found = 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            with socket.socket(fileno=libc.syscall(PIDFD_GETFD, pidfd, int(entry.name), 0)) as one:
+                if one.family == socket.AF_INET and _peer_port(one) == port:
+                    one.shutdown(socket.SHUT_RDWR)
+                    found += 1
+    finally:
+        os.close(pidfd)
+    return found
+
+
+def _peer_port(one: socket.socket) -> int:
+    try:
+        return int(one.getpeername()[1])
+    except OSError:
+        return 0

@@ -1,5 +1,5 @@
 """The matrix of faults: whatever dies, hangs or is cut off, in whichever phase of a move, the VM's fate is the
-promised one (promises.py), it never runs twice and no acknowledged write is lost; and then it can be moved again."""
+promised one (docs/promises.md), it never runs twice, no acknowledged write is lost, and it can be moved again."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 
 from kvmhv.lab.guest_images import GuestImages
 from kvmhv.lab.lab import Lab
-from tests.real.faults import FAULTS
+from tests.real.faults import FAULTS, prepared
 from tests.real.moving import Side, until
 from tests.real.promises import promises
 from tests.real.rehearsal import held_agents
@@ -15,8 +15,14 @@ from tests.real.stage import PHASES, Player, Stage
 
 pytestmark = pytest.mark.real
 
-PROMISES = promises(tuple(PHASES))
-OUTCOMES = {"stays": "failed", "moves": "done", "off-src": "failed", "off-tgt": "done", "operator": "needs-operator"}
+NAMES, PROMISES = promises()
+OUTCOMES = {
+    "stays": "failed",
+    "moves": "done",
+    "off-source": "failed",
+    "off-target": "done",
+    "operator": "needs-operator",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +34,7 @@ def held(lab: Lab) -> Iterator[Lab]:
 
 def test_the_matrix_is_whole() -> None:
     assert PROMISES.keys() == FAULTS.keys()
+    assert tuple(PHASES) == NAMES
     assert sum(fate != "-" for fates in PROMISES.values() for fate in fates.values()) >= 60
 
 
@@ -37,10 +44,11 @@ def test_the_promise_is_kept(held: Lab, images: GuestImages, fault: str) -> None
     stage = Stage(held, images, fates)
     before = [side.settled() for side in stage.sides]
     try:
-        stage.enter()
-        stage.set_out()
-        FAULTS[fault](stage)
-        _judge(stage, fates)
+        with prepared(fault, stage):
+            stage.enter()
+            stage.set_out()
+            FAULTS[fault](stage)
+            _judge(stage, fates)
     finally:
         stage.leave()
         stage.witness.close()
@@ -71,7 +79,7 @@ def _judge(stage: Stage, fates: dict[str, str]) -> None:
 
 def _home(stage: Stage, fate: str) -> Side:
     """Return the host whose VM it is after all."""
-    return stage.b if fate in ("moves", "off-tgt") else stage.a
+    return stage.b if fate in ("moves", "off-target") else stage.a
 
 
 def _other(stage: Stage, side: Side) -> Side:
@@ -110,8 +118,7 @@ def _start_again(stage: Stage, player: Player, fate: str) -> None:
 def _move_again(stage: Stage, fates: dict[str, str]) -> None:
     for player in stage.players:
         home = _home(stage, fates[player.phase])
-        body = {"vm": player.name, "target": _other(stage, home).name, "include_storage": True}
-        player.move = stage.call(home, "POST", f"vms/{player.name}/move", body)["id"]
+        stage.begin(player, home, _other(stage, home), slow=False)
     for player in stage.players:
         until(f"{player.name} has moved again", lambda p=player: set(stage.outcomes(p)) == {"done"})
         assert stage.runs(_other(stage, _home(stage, fates[player.phase])), player), player
