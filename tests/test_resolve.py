@@ -4,11 +4,12 @@ import msgspec
 import pytest
 
 from kvmhv.core import facts, resolve, source, target
-from kvmhv.core.effects import Cont, Effect, EndCopy, Finish, RemoveCopy, UndoTarget
+from kvmhv.core.effects import Cont, Effect, EndCopy, Finish, RemoveCopy, Send, UndoTarget
 from kvmhv.core.handover import SourceHold, SourceRight, TargetRight
 from kvmhv.core.resolve import RunAt
 from kvmhv.core.source_state import SourceState, SourceStep
 from kvmhv.core.target_state import TargetState, TargetStep
+from kvmhv.messages import Grant
 from kvmhv.model import ErrorBody, Outcome, Plan
 from tests.sim import examples
 
@@ -85,6 +86,7 @@ def test_a_granted_source_yields_at_the_operators_word_and_keeps_its_disks() -> 
     assert isinstance(state, SourceState)
     assert state.step is SourceStep.CLEANUP
     assert any(isinstance(effect, EndCopy) for effect in effects)
+    assert Send(message=Grant(epoch=state.hold.epoch, ran=True)) in effects  # a target that rebooted waits for it
     state, effects = source.step(state, facts.CopyEnded(at_ms=120.0))
     assert not any(isinstance(effect, RemoveCopy) for effect in effects)
     assert not any(isinstance(effect, Cont) for effect in effects)

@@ -10,7 +10,7 @@ import enum
 from kvmhv.core import facts
 from kvmhv.core.source_state import SourceState, SourceStep
 from kvmhv.core.target_state import TargetState, TargetStep
-from kvmhv.messages import Abort, Grant, MirrorsEnded, Owned, Refused, Running
+from kvmhv.messages import Abort, Grant, MirrorsEnded, Owned, Refused, Running, Unknown
 from kvmhv.model import ErrorBody, Outcome, Struct
 
 
@@ -102,7 +102,9 @@ def _words_of_target(state: SourceState, run_at: RunAt, at_ms: float, error: Err
     if run_at is RunAt.TARGET and state.step is SourceStep.CLEANUP:
         return (facts.Received(at_ms=at_ms, message=Owned(epoch=epoch)),)
     if run_at is RunAt.TARGET:
-        return (facts.Received(at_ms=at_ms, message=Running(epoch=epoch, resumed_ms=at_ms)),)
+        # A target that rebooted stands still until it is told that it ran: it is, as if it had asked.
+        running = facts.Received(at_ms=at_ms, message=Running(epoch=epoch, resumed_ms=at_ms))
+        return running, facts.Received(at_ms=at_ms, message=Unknown(epoch=epoch, error=error))
     refused = facts.Received(at_ms=at_ms, message=Refused(epoch=epoch, error=error))
     if run_at is RunAt.RESTART:
         return (facts.QemuGone(at_ms=at_ms, error=error), refused)

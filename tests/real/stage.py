@@ -216,11 +216,11 @@ class Stage:
             time.sleep(0.03)
         return True
 
-    def resolve(self, side: Side, player: Player) -> None:
-        """Decide as the operator who wants the VM at its source: as it was, or from its disks if its copy is gone."""
+    def resolve(self, side: Side, player: Player, run_at: str = "source") -> None:
+        """Decide as the operator; if the copy at the source is gone, what shall run there starts from its disks."""
         choices = {choice["run_at"] for choice in self.call(side, "GET", f"moves/{player.move}/choices")}
-        run_at = "source" if "source" in choices else "restart"
-        self.call(side, "POST", f"moves/{player.move}/resolve", {"run_at": run_at})
+        chosen = run_at if run_at in choices else "restart"
+        self.call(side, "POST", f"moves/{player.move}/resolve", {"run_at": chosen})
 
     # ---- what is looked at
 
