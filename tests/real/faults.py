@@ -3,8 +3,7 @@ it breaks has to be noticed by a deadline, and mends what an operator would mend
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from tests.real.moving import Side, until
 from tests.real.stage import Stage
@@ -88,48 +87,6 @@ def _qemus_frozen(name: str) -> Callable[[Stage], None]:
     return strike
 
 
-def _cable_cut(network: str) -> Callable[[Stage], None]:
-    def strike(stage: Stage) -> None:
-        stage.b.host.cut(network)
-        stage.go_on()
-        _noticed(stage, stage.a)
-        stage.b.host.mend(network)
-
-    return strike
-
-
-def _connections_broken(which: int) -> Callable[[Stage], None]:
-    def strike(stage: Stage) -> None:
-        for player in stage.players:
-            assert stage.break_connections(player, which), f"{player.name} has no such connection"
-        stage.go_on()
-
-    return strike
-
-
-def _target_disk_full(stage: Stage) -> None:
-    stage.b.sh("head -c 100M /dev/zero > /var/lib/kvmhv-small/full || true")
-    stage.go_on()
-    _noticed(stage, stage.a)
-    stage.b.sh("rm /var/lib/kvmhv-small/full")
-
-
-@contextmanager
-def prepared(fault: str, stage: Stage) -> Iterator[None]:
-    """Give the target a disk that can become full, where it shall."""
-    if fault != "target disk full":
-        yield
-        return
-    stage.b.sh("mount -t tmpfs -o size=24M small /var/lib/kvmhv-small")
-    stage.storage = "small"
-    try:
-        yield
-    finally:
-        stage.b.sh("umount -l /var/lib/kvmhv-small")
-
-
-MEMORY, DISK = 0, 1
-
 FAULTS: dict[str, Callable[[Stage], None]] = {
     "source agent killed": _agents_killed("a"),
     "target agent killed": _agents_killed("b"),
@@ -144,9 +101,4 @@ FAULTS: dict[str, Callable[[Stage], None]] = {
     "target QEMU frozen": _qemus_frozen("b"),
     "source host frozen": _host_frozen("a", "b"),
     "target host frozen": _host_frozen("b", "a"),
-    "control cable cut": _cable_cut("management"),
-    "migration cable cut": _cable_cut("migration"),
-    "memory link broken": _connections_broken(MEMORY),
-    "disk link broken": _connections_broken(DISK),
-    "target disk full": _target_disk_full,
 }

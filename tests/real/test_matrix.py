@@ -8,7 +8,7 @@ import pytest
 
 from kvmhv.lab.guest_images import GuestImages
 from kvmhv.lab.lab import Lab
-from tests.real.faults import FAULTS, prepared
+from tests.real.faults import FAULTS
 from tests.real.moving import Side, until
 from tests.real.promises import promises
 from tests.real.rehearsal import held_agents
@@ -46,11 +46,10 @@ def test_the_promise_is_kept(held: Lab, images: GuestImages, fault: str) -> None
     stage = Stage(held, images, fates)
     before = [side.settled() for side in stage.sides]
     try:
-        with prepared(fault, stage):
-            stage.enter()
-            stage.set_out()
-            FAULTS[fault](stage)
-            _judge(stage, fates)
+        stage.enter()
+        stage.set_out()
+        FAULTS[fault](stage)
+        _judge(stage, fates)
     finally:
         stage.leave()
         stage.witness.close()
