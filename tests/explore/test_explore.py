@@ -1,6 +1,10 @@
 """The handover explored: every interleaving of messages, effects, faults within bounds; mutants that it must find."""
 
+import gc
 import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -18,6 +22,7 @@ BOUNDS = (
     Bounds(faults=3, slow=0, disks=0, kinds=frozenset({"cut", "host"})),
     Bounds(faults=1, slow=1, disks=0, kinds=frozenset({"cut"})),
     Bounds(faults=1, slow=0, disks=0, moves=2, kinds=frozenset({"kill", "cut", "dup"})),
+    Bounds(faults=2, slow=0, disks=1, kinds=frozenset({"host"})),
 )
 
 
@@ -43,12 +48,30 @@ HUNTS = (
 )
 
 
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Any]]]:
+    """What comes of each of the chosen tests, by its name: worked at on every core at once."""
+    chosen = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path]
+    with ProcessPoolExecutor(os.cpu_count(), initializer=gc.disable) as pool:
+        futures: dict[str, Future[Any]] = {}
+        for item in chosen:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            if "bounds" in parameters:
+                futures[item.name] = pool.submit(explored, parameters["bounds"])
+            elif "name" in parameters:
+                futures[item.name] = pool.submit(hunt, parameters["name"])
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("bounds", BOUNDS[:1] if QUICK else BOUNDS, ids=_name)
-def test_every_interleaving_is_safe_and_ends(bounds: Bounds) -> None:
-    explorer = Explorer(bounds)
-    assert explorer.explore() > 10_000
-    assert explorer.ends["done"]
-    assert explorer.ends["failed"]
+def test_every_interleaving_is_safe_and_ends(
+    bounds: Bounds, found: dict[str, Future[Any]], request: pytest.FixtureRequest
+) -> None:
+    worlds, ends = found[request.node.name].result()
+    assert worlds > 10_000
+    assert ends["done"]
+    assert ends["failed"]
 
 
 def test_there_are_mistakes_to_find() -> None:
@@ -56,8 +79,14 @@ def test_there_are_mistakes_to_find() -> None:
 
 
 @pytest.mark.parametrize("name", [one for one in MUTANTS if not (QUICK and one.startswith(SLOW_TO_FIND))])
-def test_the_exploration_finds(name: str) -> None:
-    assert hunt(name) is not None, f"nobody noticed: {name}"
+def test_the_exploration_finds(name: str, found: dict[str, Future[Any]], request: pytest.FixtureRequest) -> None:
+    assert found[request.node.name].result() is not None, f"nobody noticed: {name}"
+
+
+def explored(bounds: Bounds) -> tuple[int, dict[str, int]]:
+    """Return how many worlds there are, and how moves end in them; raises Found."""
+    explorer = Explorer(bounds)
+    return explorer.explore(), explorer.ends
 
 
 def hunt(name: str) -> str | None:

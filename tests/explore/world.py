@@ -4,7 +4,25 @@ Everything is immutable; a transition makes another world. Truth that no machine
 which disk) stands in the hosts' `fresh` and `disk` and is what the invariants are about.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+Tuple = TypeVar("Tuple", bound=type[tuple[Any, ...]])
+
+
+def quick(kind: Tuple) -> Tuple:
+    """Give a NamedTuple a _replace that takes half the time: an exploration does little else."""
+    index = {name: number for number, name in enumerate(kind._fields)}  # type: ignore[attr-defined]
+    make = tuple.__new__
+
+    def replace(one: tuple[Any, ...], /, **changes: Any) -> Any:
+        values = list(one)
+        for name, value in changes.items():
+            values[index[name]] = value
+        return make(kind, values)
+
+    kind._replace = replace  # type: ignore[attr-defined]
+    return kind
+
 
 LOST, CONNECTED = -1, -2
 """Marks in an inbox: the connection broke, a connection stands."""
@@ -14,6 +32,7 @@ class Violation(AssertionError):
     """An invariant does not hold."""
 
 
+@quick
 class Qemu(NamedTuple):
     """A QEMU process with the VM's copy."""
 
@@ -28,6 +47,7 @@ class Qemu(NamedTuple):
     """Passes whose beginning it has told."""
 
 
+@quick
 class Host(NamedTuple):
     """A host: what is on its disk, what a reboot takes away, what its agent's death takes away."""
 
@@ -65,6 +85,7 @@ class Host(NamedTuple):
         return self.without_agent()._replace(up=False, boot=1, volatile=-1, qemu=None, exported=False)
 
 
+@quick
 class World(NamedTuple):
     """Hosts are numbers 0 and 1; move 0 goes 0 -> 1, move 1 goes back."""
 
