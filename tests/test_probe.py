@@ -172,7 +172,8 @@ async def test_a_guest_that_goes_on_here_is_asked_no_more() -> None:
     gap.stopped()
     await settle()
     gap.resumed()
-    await gap.close(let_it_ask=True)
+    async with asyncio.timeout(5):
+        await gap.close(let_it_ask=True)
     assert answers == []
     assert gap.answered_ms is None
 
