@@ -195,7 +195,7 @@ class MemoryDisks:
             raise CallerError("disk-invalid", f"{file} cannot be a VM's disk", "give an image")
         return self.chains[file]
 
-    def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
+    async def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
         for location in ("default", "fast"):
             if file.is_relative_to(self._root / location):
                 return Layer(location=location, path=str(file.relative_to(self._root / location)), format=format)

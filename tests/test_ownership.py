@@ -50,9 +50,16 @@ def test_a_refusal_says_who_owns_it() -> None:
 
 
 def test_a_stop_lets_go_of_what_is_this_hosts_only() -> None:
-    assert ownership.let_go(HELD, VM, "id-1") == FREE
-    for found in (None, MOVING, ownership.claimed(MOVED, *B), ownership.claimed(OTHER, *A)):
-        assert ownership.let_go(found, VM, "id-1") is None
+    assert ownership.let_go(HELD, VM, *A) == FREE
+    for found in (None, ownership.claimed(VM, *B), ownership.claimed(MOVED, *B), ownership.claimed(OTHER, *A)):
+        assert ownership.let_go(found, VM, *A) is None
+
+
+def test_a_stop_right_after_a_move_lets_go_although_the_record_still_says_moving() -> None:
+    assert ownership.let_go(MOVING, VM, *A) == FREE, "it was taken back"
+    free = msgspec.structs.replace(ownership.claimed(MOVED, *B), held=False)
+    assert ownership.let_go(MOVING, MOVED, *B) == free, "it has come here"
+    assert ownership.let_go(MOVING, MOVED, "host3", "id-3", "boot-3") is None
 
 
 def test_a_move_is_written_by_the_owner_and_seen_by_the_target() -> None:

@@ -71,12 +71,12 @@ def test_unknown_location(disks: Directories) -> None:
     assert (refused.value.code, refused.value.http_status) == ("location-unknown", 404)
 
 
-def test_the_layer_of_a_file(disks: Directories, root: Path, tmp_path: Path) -> None:
-    assert disks.layer_of(root / "web01/../web01/d.raw", RAW) == raw("web01/d.raw")
-    assert disks.layer_of(tmp_path / "fast/d.raw", RAW) == raw("d.raw", "fast")
-    assert disks.layer_of(tmp_path / "d.raw", RAW) is None
+async def test_the_layer_of_a_file(disks: Directories, root: Path, tmp_path: Path) -> None:
+    assert await disks.layer_of(root / "web01/../web01/d.raw", RAW) == raw("web01/d.raw")
+    assert await disks.layer_of(tmp_path / "fast/d.raw", RAW) == raw("d.raw", "fast")
+    assert await disks.layer_of(tmp_path / "d.raw", RAW) is None
     (tmp_path / "way-in").symlink_to(root)
-    assert disks.layer_of(tmp_path / "way-in/d.raw", RAW) == raw("d.raw")
+    assert await disks.layer_of(tmp_path / "way-in/d.raw", RAW) == raw("d.raw")
 
 
 async def test_raw_is_made_sparse_and_exact_and_removed_with_its_directories(disks: Directories, root: Path) -> None:

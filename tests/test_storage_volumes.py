@@ -1,12 +1,17 @@
 """Records beside images in a directory: swapped against what was read, one host at a time."""
 
+import asyncio
 import threading
 from pathlib import Path
 
 import pytest
 
+from kvmhv.config import from_data
+from kvmhv.drivers.storage import storage as storage_module
 from kvmhv.drivers.storage import volumes
+from kvmhv.drivers.storage.storage import THREADS, Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume, LunVolume
+from kvmhv.errors import HostError
 from kvmhv.places import Lun
 
 
@@ -59,3 +64,34 @@ def test_a_lun_for_a_disk_is_a_number_and_not_the_records_lun(path: str) -> None
     with pytest.raises(OSError, match="no number"):
         volume.place(path)
     assert volume.place("2") == Lun(portal="p:3260", target="iqn", lun=2, initiator="iqn")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(from_data({"state_dir": str(tmp_path)}, "test"))
+
+
+async def test_more_looks_at_once_than_threads_wait_for_their_turn(storage: Storage) -> None:
+    looks = (storage.ask("share", lambda number=number: number) for number in range(4 * THREADS))
+    assert await asyncio.gather(*looks) == list(range(4 * THREADS))
+
+
+async def test_a_share_that_hangs_is_told_of_in_time_and_then_at_once(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "ANSWER_S", 0.05)
+    back = threading.Event()
+    for _ in range(THREADS):
+        with pytest.raises(HostError) as silent:
+            await storage.ask("share", back.wait)
+        assert silent.value.code == "location-silent"
+    assert not storage.is_quiet("share")
+    monkeypatch.setattr(storage_module, "ANSWER_S", 1000.0)
+    with pytest.raises(HostError):
+        await storage.ask("share", lambda: 1)
+    assert await storage.ask("other", lambda: 1) == 1
+    back.set()
+    async with asyncio.timeout(10):
+        while not storage.is_quiet("share"):  # noqa: ASYNC110 - there is nothing to be told by
+            await asyncio.sleep(0.001)
+    assert await storage.ask("share", lambda: 1) == 1

@@ -14,6 +14,7 @@ from kvmhv.model import (
     GIB,
     Accel,
     DiskSpec,
+    Vm,
     VmState,
 )
 from tests.one_host import NOTHING, RAW, SPEC, World, one_host, running, with_kernel
@@ -219,6 +220,24 @@ async def test_a_guest_that_switches_itself_off_is_no_crash(world: World) -> Non
     shown = await world.vms.show("web01")
     assert (shown.state, shown.exit_reason) == (VmState.STOPPED, "the guest switched itself off")
     assert world.network.made == {}
+
+
+async def test_a_guest_that_switches_itself_off_gives_its_disks_up(world: World) -> None:
+    """Any host may start it then; one whose QEMU has crashed stays its host's."""
+    given_up: list[str] = []
+
+    async def let_go(vm: Vm) -> None:
+        given_up.append(vm.name)
+
+    world.vms._ends._let_go = let_go
+    details = await running(world)
+    world.hypervisor.end(details.vm.id)
+    await world.settled()
+    assert given_up == []
+    await world.vms.start("web01")
+    world.hypervisor.end(details.vm.id, guest=True)
+    await world.settled()
+    assert given_up == ["web01"]
 
 
 async def test_a_qemu_that_somebody_else_ends_is_a_crash(world: World) -> None:

@@ -172,7 +172,7 @@ def _location(location: Location) -> Iterator[Problem]:
     for why in location.unsafe:
         text = f"location {location.name}: {why}"
         yield _warning("location-unsafe", text, "mount it with the options that docs/storage.md names")
-    if location.access is not Access.DIRECTORY:
+    if location.access is not Access.DIRECTORY or location.silent:
         return
     path = Path(location.path)
     if not path.is_dir():

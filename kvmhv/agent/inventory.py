@@ -6,6 +6,7 @@ from kvmhv.agent.settings import Settings
 from kvmhv.config import Config, parse_networks
 from kvmhv.core import addresses
 from kvmhv.drivers import host
+from kvmhv.errors import HostError
 from kvmhv.model import Inventory, Location, Refusal, Vm, VmFacts
 from kvmhv.ports import Disks, Hypervisor, Network
 
@@ -49,11 +50,13 @@ class Inventories:
         """
         settings = self._settings.current
         facts: VmFacts | None = None
+        locations = await self._disks.locations()
+        if running is not None:
+            _check_answers(running, locations)
         if running is not None and running.runtime:
             facts = await self._runtime.facts(running)
         elif running is not None:
             facts = await self._hypervisor.facts(running, dirty_rate=dirty_rate, pages=pages)
-        locations = await self._disks.locations()
         copied = _not_shared(arriving, locations) if arriving is not None and with_storage else ()
         other = await self._runtime.info(arriving, copied)
         defined = self._vms.defined()
@@ -83,3 +86,12 @@ def _not_shared(vm: Vm, locations: tuple[Location, ...]) -> tuple[str, ...]:
     """Return the disks that would be copied: those that lie where no other host can see them."""
     shared = {location.name for location in locations if location.shared_id is not None}
     return tuple(disk.name for disk in vm.disks if any(layer.location not in shared for layer in disk.layers))
+
+
+def _check_answers(vm: Vm, locations: tuple[Location, ...]) -> None:
+    """Raise HostError `location-silent`: QEMU, asked for its disks now, would wait for them, and its guest with it."""
+    used = {layer.location for disk in vm.disks for layer in disk.layers}
+    silent = [location.name for location in locations if location.silent and location.name in used]
+    if silent:
+        text = f"{', '.join(silent)} does not answer, and {vm.name} has disks there"
+        raise HostError("location-silent", text, "is its server up, and the network to it?")

@@ -73,8 +73,9 @@ class IoWatch:
         async with at_once:
             try:
                 looks = await self._hypervisor.disk_io(vm)
-            except KvmhvError:  # no QEMU; or one that hangs, which `vm show` says
-                self._forget(vm.id)
+            except KvmhvError as error:
+                if error.code != "qemu-hangs":  # else it hangs on its storage most likely: what is known stands
+                    self._forget(vm.id)
                 return
         now_ms = self._clock.monotonic_ms()
         before = self._seen.get(vm.id, {})

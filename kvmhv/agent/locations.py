@@ -204,7 +204,7 @@ class Locations:
         shown = f"{spec.server}:{spec.share}" if spec.kind is not LocationKind.DIR else spec.path
         hint = f"{spec.kind}:{spec.server}:{spec.share}"
         if spec.path:
-            return self._made_of_directory(spec, Path(spec.path))
+            return await self._storage.ask(spec.name, lambda: self._made_of_directory(spec, Path(spec.path)))
         if spec.kind is LocationKind.ISCSI:
             return Attached("iscsi", self._target(spec), hint, Access.USER, shown)
         with_kernel = spec.access is not Access.USER and mounts.kernel_can(spec.kind)

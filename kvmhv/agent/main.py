@@ -1,10 +1,13 @@
 """The agent as a process: configuration, log, lock, signals. What it consists of stands in `assembly.py`."""
 
 import asyncio
+import concurrent.futures.thread
+import logging
 import os
 import re
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import structlog
@@ -17,6 +20,9 @@ from kvmhv.errors import CallerError, KvmhvError
 from kvmhv.model import VM_NAME_PATTERN
 
 DEFAULT_CONFIG = Path("/etc/kvmhv/agent.toml")
+
+IDLE = concurrent.futures.thread._worker.__code__
+"""Where a thread of an executor is that has nothing to do."""
 
 log = structlog.get_logger()
 
@@ -53,3 +59,15 @@ async def serve(config: Config) -> None:
             log.info("agent stopping; VMs run on")
         finally:
             await agent.stop()
+    if _thread_hangs():
+        log.warning("a storage is silent; the agent ends without the threads that wait for it")
+        logging.shutdown()
+        os._exit(0)
+
+
+def _thread_hangs() -> bool:
+    """Whether a thread is at work still; Python would wait for it, and it waits for a share that is away."""
+    frames = sys._current_frames()
+    ours = (thread for thread in threading.enumerate() if thread.name.startswith(("location-", "asyncio_")))
+    tops = (frames.get(thread.ident or 0) for thread in ours)
+    return any(top is not None and top.f_code is not IDLE for top in tops)

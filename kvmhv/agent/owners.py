@@ -73,8 +73,12 @@ class Owners:
 
     async def let_go(self, vm: Vm) -> None:
         """The VM was stopped here: it may be started on any host. A storage that does not answer is only logged."""
+
+        def change(found: Owner | None, _place: str) -> Owner | None:
+            return ownership.let_go(found, vm, self._host, self._host_id, boot_id())
+
         try:
-            await self._change(vm, lambda found, _place: ownership.let_go(found, vm, self._host_id))
+            await self._change(vm, change)
         except KvmhvError as error:
             log.warning("ownership not let go", vm=vm.name, error=str(error))
 
@@ -121,15 +125,18 @@ class Owners:
             return ownership.settled(found, vm, self._host, self._host_id, boot_id()) if still() else None
 
         while still():
+            # What was given up because a share was silent may still be done when it answers again.
+            quiet = all(self._storage.is_quiet(disk.layers[0].location) for disk, _ in self._disks(vm))
             try:
                 await self._change(vm, change, mends=True)
             except KvmhvError as error:
                 if not told:
                     log.warning("ownership not settled yet", vm=vm.name, error=str(error))
                 told = True
-                await asyncio.sleep(AGAIN_S)
             else:
-                return
+                if quiet:
+                    return
+            await asyncio.sleep(AGAIN_S)
 
     def _disks(self, vm: Vm, names: Collection[str] | None = None) -> list[tuple[Disk, Volume]]:
         found = []
@@ -162,9 +169,9 @@ class Owners:
             new = change(found, place)
             if new is None:
                 return
-            content = ownership.encode(new)
-            swap = partial(volume.swap_record, name, old, content)
-            if content == old or await self._storage.ask(layer.location, swap):
+            # Also if it says so already: the swap waits for one that another host, or an earlier call, has begun.
+            swap = partial(volume.swap_record, name, old, ownership.encode(new))
+            if await self._storage.ask(layer.location, swap):
                 return
         text = f"{place}: its ownership record is changed by other hosts again and again"
         raise HostError("ownership-contended", text, "see which hosts try to start this VM")

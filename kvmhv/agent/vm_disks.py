@@ -35,7 +35,7 @@ class ImageDisks(Disks, Protocol):
         """Describe an image and its backing files, top first. Raises CallerError `disk-invalid`, `disk-in-use`."""
         ...
 
-    def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
+    async def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
         """Return the layer that a file is, None if it lies in no location."""
         ...
 
@@ -305,7 +305,7 @@ class VmDisks:
         copied = False
         for index in range(len(chain) - 1, -1, -1):
             image = chain[index]
-            inside = None if copied else self._disks.layer_of(image.file, image.format)
+            inside = None if copied else await self._disks.layer_of(image.file, image.format)
             if inside is not None:
                 self._refuse_shared(inside, written=depth + index == 0)
                 placed.append(msgspec.structs.replace(inside, size_bytes=image.size_bytes))

@@ -1,6 +1,7 @@
 """QEMUs that end without being asked: the guest that switches itself off, the crash, the end that no agent saw."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import msgspec
 import structlog
@@ -10,7 +11,7 @@ from kvmhv.agent.vm_records import VmRecord, VmRecords
 from kvmhv.agent.vm_taps import VmTaps
 from kvmhv.drivers.host import boot_id
 from kvmhv.errors import CallerError, KvmhvError, Refused
-from kvmhv.model import Struct
+from kvmhv.model import Struct, Vm
 from kvmhv.ports import Hypervisor, QemuEvent
 
 log = structlog.get_logger()
@@ -27,11 +28,20 @@ class End(Struct, frozen=True, kw_only=True):
 class VmEnds:
     """Listens to the hypervisor, and records each end that nobody asked for."""
 
-    def __init__(self, records: VmRecords, hypervisor: Hypervisor, claims: Claims, taps: VmTaps) -> None:
+    def __init__(
+        self,
+        records: VmRecords,
+        hypervisor: Hypervisor,
+        claims: Claims,
+        taps: VmTaps,
+        let_go: Callable[[Vm], Awaitable[None]],
+    ) -> None:
+        """`let_go` gives a VM's shared disks up, so that any host may start it."""
         self._records = records
         self._hypervisor = hypervisor
         self._claims = claims
         self._taps = taps
+        self._let_go = let_go
         self._said: dict[str, End] = {}
         """What the last events of a QEMU said, until it is recorded."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -86,13 +96,17 @@ class VmEnds:
             self.settle_soon(event.vm_id)
 
     async def _record_end(self, record: VmRecord) -> None:
+        guest_off = False
         if record.should_run and record.exit_reason is None:
             end = self.of(record)
+            guest_off = end.guest_off
             self._records.put(msgspec.structs.replace(record, should_run=not end.guest_off, exit_reason=end.reason))
             log.info("vm ended", vm=record.vm.name, crashed=not end.guest_off, reason=end.reason)
         self.forget(record.vm.id)
         await self._hypervisor.kill(record.vm.id)  # it is gone; what it left in its directory goes too
         await self._taps.drop(record.vm)
+        if guest_off:
+            await self._let_go(record.vm)
 
 
 def _end(gone: dict[str, object]) -> End:

@@ -56,7 +56,7 @@ class Vms:
         self._claims = self.claims = Claims()
         self.settings = VmSettings(self._records, self._claims)
         self._taps = VmTaps(network)
-        self._ends = VmEnds(self._records, hypervisor, self._claims, self._taps)
+        self._ends = VmEnds(self._records, hypervisor, self._claims, self._taps, self._disks.let_go)
 
     # --- an agent's life
 

@@ -76,11 +76,16 @@ def may_claim(found: Owner | None, vm: Vm, host_id: str, place: str) -> Refusal 
     return None
 
 
-def let_go(found: Owner | None, vm: Vm, host_id: str) -> Owner | None:
-    """Return the record after the VM was stopped here; None: it is not this host's to change."""
-    if found is None or found.vm_id != vm.id or found.host_id != host_id or found.moving_to is not None:
+def let_go(found: Owner | None, vm: Vm, host: str, host_id: str, boot_id: str) -> Owner | None:
+    """Return the record after the VM was stopped here, in no move; None: it is not this host's to change.
+
+    A record that still says "moving" is of a move that is over, for the VM is this host's: it came here, or stayed.
+    """
+    if found is None or found.vm_id != vm.id or found.epoch > vm.epoch:
         return None
-    return msgspec.structs.replace(found, held=False)
+    if found.host_id != host_id and found.moving_to != host:
+        return None
+    return msgspec.structs.replace(claimed(vm, host, host_id, boot_id), held=False)
 
 
 def moving(found: Owner | None, vm: Vm, host: str, host_id: str, boot_id: str, target: str) -> Owner | None:

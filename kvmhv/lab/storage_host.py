@@ -74,6 +74,14 @@ class StorageHost:
                 raise HostError("lab-storage", f"{PROCESSES[kind]} does not die", host=STORAGE_HOST)
             time.sleep(0.05)
 
+    def freeze_server(self, kind: str) -> None:
+        """Stop one server's processes: its connections stay up and nothing is answered any more."""
+        self.host.exec(["pkill", "-STOP", f"^{PROCESSES[kind]}"])
+
+    def thaw_server(self, kind: str) -> None:
+        """Let it go on, with what it was asked meanwhile; no error if it was not frozen."""
+        self.host.exec(["pkill", "-CONT", f"^{PROCESSES[kind]}"], check=False)
+
     def path(self, inside: str) -> Path:
         """Return the machine's path to a file below DATA: the server's own copy."""
         return self.host.path(f"{DATA}/{inside}")

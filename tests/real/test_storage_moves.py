@@ -190,6 +190,27 @@ def test_a_server_that_dies_for_seconds_in_the_memory_phase_loses_nothing(site: 
         writer.goes_on()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_freezes_is_told_of_and_the_agent_answers_on(site: Site, kind: str) -> None:
+    """Its connections stay up, so that nothing but the guest's own requests shows it; no look may hang the agent."""
+    with writing(site, kind, "raw") as writer:
+        site.server.freeze_server(kind)
+        try:
+            stalled = until("it is told", lambda: site.a.show()["io_stalled"])
+            refused = site.a.run("vm", "move", "web01", "--to", "host2")
+            assert (refused.status, refused.json["error"]["code"]) == (1, "location-silent"), refused
+            assert site.a.show()["state"] == "running"
+        finally:
+            site.server.thaw_server(kind)
+        assert [(stall["disk"], stall["place"].partition("/")[0]) for stall in stalled] == [("disk0", kind)]
+        until("it goes on", lambda: not site.a.show()["io_stalled"])
+        writer.goes_on()
+        told = [event["kind"] for event in site.a.kvmhv("events") if event["kind"].startswith("io-")]
+        assert told[-2:] == ["io-stalled", "io-goes-on"]
+        move(site.a, site.b)
+        writer.goes_on()
+
+
 def _ended(side: Side, move_id: str) -> Any:
     report = side.report(move_id)
     return report if report["outcome"] != "running" else None

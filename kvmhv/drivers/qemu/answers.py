@@ -102,6 +102,19 @@ class BlockNode(Answer, frozen=True, kw_only=True):
     """Since QEMU 10.0."""
 
 
+class GraphNode(Answer, frozen=True, kw_only=True):
+    """One of `nodes` of x-debug-query-block-graph."""
+
+    type: str
+    name: str
+
+
+class BlockGraph(Answer, frozen=True, kw_only=True):
+    """x-debug-query-block-graph."""
+
+    nodes: tuple[GraphNode, ...] = ()
+
+
 class BlockDevice(Answer, frozen=True, kw_only=True):
     """One of query-block."""
 

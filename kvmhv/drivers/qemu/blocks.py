@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from kvmhv.drivers.qemu.answers import Job
 from kvmhv.drivers.qemu.graph import Node, file_node, layer_node
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
-from kvmhv.drivers.qemu.nodes import named, top_nodes, used_bytes
+from kvmhv.drivers.qemu.nodes import node_names, top_nodes, used_bytes
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLost, QmpRefused
 from kvmhv.drivers.qemu.rundir import VmDir, keep_json, read_json
 from kvmhv.errors import HostError, KvmhvError
@@ -201,8 +201,7 @@ async def undo(qmp: Qmp, timeout_s: float) -> None:
         async with asyncio.timeout(timeout_s):
             for job_id, job in (await jobs(qmp)).items():
                 await end_by_force(qmp, job_id, job.status)
-            names = [node.node_name for node in await named(qmp)]
-            for name in names:
+            for name in await node_names(qmp):
                 if name.startswith((TARGET, COPY)):
                     await qmp.execute("blockdev-del", {"node-name": name})
     except TimeoutError:

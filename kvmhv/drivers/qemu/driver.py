@@ -7,7 +7,18 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import answers, argv, blocks, keys, memory, page_sample, probe, process, requests, rundir
+from kvmhv.drivers.qemu import (
+    answers,
+    argv,
+    blocks,
+    direct,
+    keys,
+    memory,
+    page_sample,
+    probe,
+    process,
+    rundir,
+)
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node, open_layer
@@ -15,9 +26,9 @@ from kvmhv.drivers.qemu.instance import Instance, marks
 from kvmhv.drivers.qemu.nodes import check_inactive, top_nodes, used_bytes
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
-from kvmhv.drivers.qemu.storage_moves import StorageMoves, has_direct
+from kvmhv.drivers.qemu.storage_moves import StorageMoves
 from kvmhv.errors import HostError
-from kvmhv.model import MIB, DiskIo, IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
+from kvmhv.model import MIB, IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
@@ -40,6 +51,7 @@ class Qemu(StorageMoves):
         self._on_answer = on_answer
         self._instances: dict[str, Instance] = {}
         self._sinks: list[EventSink] = []
+        self._given_up: set[str] = set()
         self._adopting: asyncio.Task[None] | None = None
         self._probed: tuple[tuple[str, int], QemuInfo] | None = None
         self._accel_reason = "QEMU was not probed yet"
@@ -121,10 +133,6 @@ class Qemu(StorageMoves):
         """Let the guest run; returns the monotonic ms at which QEMU's RESUME arrived."""
         return await (await self._instance(vm_id)).cont()
 
-    async def disk_io(self, vm: Vm) -> dict[str, DiskIo]:
-        """Look how far the guest's requests to each disk are; also while its storage is away."""
-        return await requests.look((await self._instance(vm.id)).qmp, vm)
-
     def on_event(self, sink: EventSink) -> None:
         """Every event of every VM's QEMU goes to `sink`, in order, from the event loop; it must return at once."""
         self._sinks.append(sink)
@@ -186,7 +194,7 @@ class Qemu(StorageMoves):
         try:
             return await self._listen(instance, launch, plan, psk_hex)
         except BaseException:
-            await asyncio.shield(self.kill(vm.id))
+            await asyncio.shield(self._give_up(vm.id))
             raise
 
     async def unexport(self, vm_id: str) -> None:
@@ -283,6 +291,8 @@ class Qemu(StorageMoves):
     def _emit(self, event: QemuEvent) -> None:
         if event.name == "GONE":
             self._instances.pop(event.vm_id, None)
+            if event.vm_id in self._given_up:
+                return
         for sink in self._sinks:
             sink(event)
 
@@ -342,7 +352,7 @@ class Qemu(StorageMoves):
             kernel_paths=kernel_paths,
             incoming=incoming,
             arriving=arriving or {},
-            buffered=frozenset(path for paths in disk_paths.values() for path in paths if not has_direct(path)),
+            buffered=await direct.buffered(disk_paths),
         )
 
     async def _launch(self, launch: Launch) -> Instance:
@@ -353,13 +363,19 @@ class Qemu(StorageMoves):
         if vm.id in self._instances:
             raise HostError("qemu-runs", f"{vm.name} has a QEMU on this host already", "stop it first")
         launch.directory.make(incoming=launch.incoming)
+        self._given_up.discard(vm.id)
         instance = self._take(launch.directory, process.start(command, launch.directory.qemu_log), command)
         if await instance.qmp.wait_connected(self._config.limits.qemu_start_s):
             return instance
         status, tail = instance.process.exit_status, launch.directory.log_tail()
-        await asyncio.shield(self.kill(vm.id))
-        why = f"ended with status {status}" if status is not None else "does not answer"
-        raise HostError("qemu-start", f"{vm.name}: QEMU {why}: {tail}", "mend what QEMU says and start it again")
+        await asyncio.shield(self._give_up(vm.id))
+        why = f"ended with status {status}" if status is not None else "does not answer; does the storage of its disks?"
+        raise HostError("qemu-start", f"{vm.name}: QEMU {why} {tail}", "mend what QEMU says and start it again")
+
+    async def _give_up(self, vm_id: str) -> None:
+        """End a QEMU that is of no use, without GONE: the caller is told why by an error, which says more."""
+        self._given_up.add(vm_id)
+        await self.kill(vm_id)
 
     async def _listen(self, instance: Instance, launch: Launch, plan: Plan, psk_hex: str) -> IncomingAddress:
         qmp, directory = instance.qmp, instance.directory

@@ -1,8 +1,12 @@
-"""What QEMU says of its block nodes."""
+"""What QEMU says of its block nodes.
+
+`query-named-block-nodes` looks at every image's file, in QEMU's main loop: with a share that is away QEMU stands still,
+its guest and QMP too. So it is asked only when the share has just answered.
+"""
 
 import re
 
-from kvmhv.drivers.qemu.answers import BlockDevice, BlockNode
+from kvmhv.drivers.qemu.answers import BlockDevice, BlockGraph, BlockNode
 from kvmhv.drivers.qemu.qmp import Qmp
 from kvmhv.errors import HostError
 
@@ -29,6 +33,12 @@ async def top_nodes(qmp: Qmp) -> dict[str, str]:
         if device is not None and block.inserted is not None:
             found[device[1]] = block.inserted.node_name
     return found
+
+
+async def node_names(qmp: Qmp) -> list[str]:
+    """Return the names of all nodes, without a look at their images: what a move leaves is cleared up in any case."""
+    graph = await qmp.ask(BlockGraph, "x-debug-query-block-graph")
+    return [node.name for node in graph.nodes if node.type == "block-driver"]
 
 
 async def used_bytes(qmp: Qmp) -> dict[str, int]:

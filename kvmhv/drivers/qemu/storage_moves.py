@@ -1,16 +1,13 @@
-"""The part of `Qemu` that storage moves use."""
+"""The part of `Qemu` that storage moves and the watch on disk requests use."""
 
-import errno
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Protocol
 
-from kvmhv.drivers.qemu import blocks, storage_move
+from kvmhv.drivers.qemu import blocks, direct, requests, storage_move
 from kvmhv.drivers.qemu.instance import Instance
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.storage_move import NewImage
-from kvmhv.model import DiskCopy, Vm
+from kvmhv.model import DiskCopy, DiskIo, Vm
 from kvmhv.places import DiskPlace
 
 
@@ -31,7 +28,7 @@ class StorageMoves(Protocol):
         images = []
         for copy in copies:
             places = disk_paths[copy.disk]
-            buffered = frozenset(place for place in places if not has_direct(place))
+            buffered = await direct.buffered({copy.disk: places})
             images.append(NewImage(copy, disks[copy.disk], places, buffered))
         await instance.mirrors.close()
         instance.mirrors = await storage_move.begin(instance, images, bandwidth_bytes_per_s, timeout_s)
@@ -59,19 +56,12 @@ class StorageMoves(Protocol):
                 raise
         instance.mirrors = blocks.Mirrors()
 
+    async def disk_io(self, vm: Vm) -> dict[str, DiskIo]:
+        """Look how far the guest's requests to each disk are; also while its storage is away."""
+        return await requests.look((await self._instance(vm.id)).qmp, vm)
+
     async def known(self) -> tuple[str, ...]:
         """Ids of the VMs that have a live process."""
         ...
 
     async def _instance(self, vm_id: str) -> Instance: ...
-
-
-def has_direct(path: DiskPlace) -> bool:
-    """Whether a file's file system can be used without its page cache (O_DIRECT); the network drivers have none."""
-    if not isinstance(path, Path):
-        return True
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno != errno.EINVAL
-    return True

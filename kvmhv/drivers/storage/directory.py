@@ -5,12 +5,15 @@ filling them fails.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from kvmhv.config import Config
 from kvmhv.drivers.storage.qemu_img import SECTOR_BYTES, ImageFile, QemuImg, copy_bytes
@@ -23,11 +26,28 @@ NAME_BYTES_MAX = 255
 KEEP_FREE_BYTES = 64 * 1024**2
 """A copy is refused if it would leave less than this."""
 
+Result = TypeVar("Result")
+
+
+class Do(Protocol):
+    """Does what blocks on a location, away from the event loop."""
+
+    async def __call__(self, location: str, work: Callable[[], Result], /) -> Result:
+        """Return what the work returns."""
+        ...
+
+
+async def in_a_thread(_location: str, work: Callable[[], Result]) -> Result:
+    """Do it in a thread, without a deadline: for file systems of this host."""
+    return await asyncio.to_thread(work)
+
 
 class Directories:
     """Implements ports.Disks over the locations of the configuration."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, do: Do = in_a_thread) -> None:
+        """`do`: how files are touched, for the server of a mount may be away."""
+        self._do = do
         named = {DEFAULT: str(config.state_path / "disks"), **config.locations}
         self._roots = {name: Path(path) for name, path in named.items()}
         self._qemu_img = QemuImg(config.qemu_binary)
@@ -45,7 +65,13 @@ class Directories:
     async def locations(self, but: Collection[str] = ()) -> tuple[Location, ...]:
         """Every location with its free space, fresh; 0 bytes for one whose directory is missing or cannot be read."""
         roots = {name: root for name, root in self._roots.items() if name not in but}
-        return tuple([await asyncio.to_thread(_location, name, root) for name, root in roots.items()])
+        return tuple([await self._described(name, root) for name, root in roots.items()])
+
+    async def _described(self, name: str, root: Path) -> Location:
+        try:
+            return await self._do(name, partial(describe_location, name, root))
+        except HostError:
+            return Location(name=name, path=str(root), silent=True)
 
     def path(self, layer: Layer) -> Path:
         """Return the file of a layer.
@@ -93,12 +119,9 @@ class Directories:
             if layer.format == DiskFormat.RAW:
                 if backing is not None:
                     raise CallerError("disk-invalid", "a raw image has no backing file", "use format=qcow2")
-                try:
-                    os.truncate(file, size_bytes)
-                except OSError as error:
-                    raise _storage_failed(file, error) from error
+                await self._do(layer.location, partial(_stretch, file, size_bytes))
                 return
-            await self._qemu_img.create_qcow2(file, size_bytes, self._named_from(file, backing))
+            await self._qemu_img.create_qcow2(file, size_bytes, self._named_from(layer, backing))
             (made,) = (await self._qemu_img.chain(file, layer.format, in_use=False))[:1]
             if made.size_bytes != size_bytes:
                 raise HostError(
@@ -123,19 +146,27 @@ class Directories:
 
     async def used_bytes(self, layer: Layer) -> int:
         """Allocated bytes of the image file. Raises HostError `disk-missing`."""
-        try:
-            return self.path(layer).stat().st_blocks * 512
-        except OSError as error:
-            raise _missing(layer, error) from error
+
+        def used() -> int:
+            try:
+                return self.path(layer).stat().st_blocks * 512
+            except OSError as error:
+                raise _missing(layer, error) from error
+
+        return await self._do(layer.location, used)
 
     async def remove(self, layer: Layer) -> None:
         """Remove the file and its directory if that is empty then; no error if it is gone."""
-        file = self.path(layer)
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise _storage_failed(file, error) from error
-        self._remove_empty(file.parent, self._roots[layer.location])
+
+        def remove() -> None:
+            file = self.path(layer)
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise _storage_failed(file, error) from error
+            self._remove_empty(file.parent, self._roots[layer.location])
+
+        await self._do(layer.location, remove)
 
     # --- what making a VM's disks needs beyond a move
 
@@ -146,12 +177,14 @@ class Directories:
         """
         return await self._qemu_img.chain(file, format, in_use=False)
 
-    def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
-        """Return the layer that a file is, None if it lies in no location."""
-        real = file.resolve()
+    async def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
+        """Return the layer that a file is, None if it lies in no location, or in one that does not answer."""
+        real = await asyncio.to_thread(file.resolve)
         for name, root in self._roots.items():
-            if real.is_relative_to(root.resolve()):
-                return Layer(location=name, path=str(real.relative_to(root.resolve())), format=format)
+            with contextlib.suppress(HostError):
+                real_root = await self._do(name, root.resolve)
+                if real.is_relative_to(real_root):
+                    return Layer(location=name, path=str(real.relative_to(real_root)), format=format)
         return None
 
     async def flatten(self, chain: tuple[ImageFile, ...], layer: Layer) -> None:
@@ -165,7 +198,7 @@ class Directories:
         async with self._fresh_file(layer) as file:
             await self._check_space((image,), layer)
             await copy_bytes(image.file, file)
-            named = self._named_from(file, backing)
+            named = self._named_from(layer, backing)
             if named is not None:
                 await self._qemu_img.rename_backing(file, *named)
 
@@ -174,6 +207,14 @@ class Directories:
     @asynccontextmanager
     async def _fresh_file(self, layer: Layer) -> AsyncIterator[Path]:
         """Reserve the layer's name; whatever fails inside leaves neither file nor directory."""
+        file = await self._do(layer.location, partial(self._reserve, layer))
+        try:
+            yield file
+        except BaseException:
+            await asyncio.shield(self._do(layer.location, partial(self._drop, layer, file)))
+            raise
+
+    def _reserve(self, layer: Layer) -> Path:
         file = self.path(layer)
         root = self._roots[layer.location]
         if layer.location != DEFAULT and not root.is_dir():  # perhaps a file system that is not mounted
@@ -192,16 +233,18 @@ class Directories:
         except OSError as error:
             self._remove_empty(file.parent, root)
             raise _storage_failed(file, error) from error
-        try:
-            yield file
-        except BaseException:
-            file.unlink(missing_ok=True)
-            self._remove_empty(file.parent, root)
-            raise
+        return file
+
+    def _drop(self, layer: Layer, file: Path) -> None:
+        file.unlink(missing_ok=True)
+        self._remove_empty(file.parent, self._roots[layer.location])
 
     async def _check_space(self, images: tuple[ImageFile, ...], layer: Layer) -> None:
-        needed = sum(image.file.stat().st_blocks * 512 for image in images)
-        free = _location(layer.location, self._roots[layer.location]).free_bytes
+        def look() -> tuple[int, int]:
+            needed = sum(image.file.stat().st_blocks * 512 for image in images)
+            return needed, describe_location(layer.location, self._roots[layer.location]).free_bytes
+
+        needed, free = await self._do(layer.location, look)
         if needed + KEEP_FREE_BYTES > free:
             raise HostError(
                 "location-full",
@@ -209,11 +252,13 @@ class Directories:
                 "make room, or choose another location",
             )
 
-    def _named_from(self, file: Path, backing: Layer | None) -> tuple[str, DiskFormat] | None:
+    def _named_from(self, layer: Layer, backing: Layer | None) -> tuple[str, DiskFormat] | None:
         """How a file's header names its backing file: relative, so that it is true on every host."""
         if backing is None:
             return None
-        return os.path.relpath(self.path(backing), file.parent), backing.format
+        roots = (self._roots[it.location] for it in (backing, layer))
+        named, own = (root / it.path for root, it in zip(roots, (backing, layer), strict=True))
+        return os.path.relpath(named, own.parent), backing.format
 
     @staticmethod
     def _remove_empty(directory: Path, root: Path) -> None:
@@ -225,7 +270,7 @@ class Directories:
             directory = directory.parent
 
 
-def _location(name: str, root: Path) -> Location:
+def describe_location(name: str, root: Path) -> Location:
     """Describe a location; `default`, whose directory is made at its first use, has its parent's space until then."""
     there = root
     if name == DEFAULT:
@@ -235,6 +280,13 @@ def _location(name: str, root: Path) -> Location:
     except OSError:
         return Location(name=name, path=str(root))
     return Location(name=name, path=str(root), free_bytes=space.free, total_bytes=space.total)
+
+
+def _stretch(file: Path, size_bytes: int) -> None:
+    try:
+        os.truncate(file, size_bytes)
+    except OSError as error:
+        raise _storage_failed(file, error) from error
 
 
 def _path_invalid(layer: Layer, why: str) -> CallerError:

@@ -4,9 +4,11 @@ Nothing here decides whether a file may be touched; directory.py does.
 """
 
 import asyncio
+import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,7 +21,10 @@ ANSWER_S = 30.0
 """For calls that read or write an image's header only."""
 COPY_S = 6 * 3600.0
 """For calls that copy an image."""
+DIES_S = 5.0
 SECTOR_BYTES = 512
+
+Result = TypeVar("Result")
 
 
 Node = dict[str, object]
@@ -74,14 +79,14 @@ class QemuImg:
         seen: set[Path] = set()
         next_file: Path | None = file
         while next_file is not None:
-            real = _regular_file(next_file)
+            real = await _in_time(_regular_file, next_file)
             if real in seen:
                 raise _invalid(file, f"its backing files form a loop at {next_file}")
             if len(found) == CHAIN_MAX:
                 raise _invalid(file, f"it has more than {CHAIN_MAX} layers")
             seen.add(real)
             info = await self._info(real, format, in_use=in_use)
-            _check(real, info)
+            await _in_time(_check, real, info)
             found.append(ImageFile(next_file, DiskFormat(info.format), info.virtual_size))
             next_file = _backing_of(real, info)
             format = DiskFormat(info.backing_filename_format) if info.backing_filename_format else None  # noqa: A001
@@ -165,7 +170,9 @@ async def _run(code: str, command: list[str], timeout_s: float) -> bytes:
     finally:
         if process.returncode is None:  # the deadline, or whoever waited for us has gone
             process.kill()
-            await process.wait()
+            with contextlib.suppress(TimeoutError):  # it hangs in the kernel, on its storage: it ends when that answers
+                async with asyncio.timeout(DIES_S):
+                    await process.wait()
     if process.returncode != 0:
         said = errors.decode(errors="replace").strip().removeprefix(f"{code}: ")[-500:]
         if "No space left" in said:
@@ -179,6 +186,16 @@ def _read(what: str, said: bytes) -> _Info:
         return msgspec.json.decode(said, type=_Info)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise HostError("qemu-img", f"qemu-img said of {what}: {error}", "install QEMU 7.2 or newer") from error
+
+
+async def _in_time(look: Callable[..., Result], *arguments: object) -> Result:
+    """Look at a file in a thread: the server of its file system may be away. Raises HostError `storage`."""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            return await asyncio.to_thread(look, *arguments)
+    except TimeoutError:
+        text = f"{arguments[0]} does not answer in {ANSWER_S:g} s"
+        raise HostError("storage", text, "is its server up, and the network to it?") from None
 
 
 def _regular_file(file: Path) -> Path:

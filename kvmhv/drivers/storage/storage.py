@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from kvmhv.config import Config
 from kvmhv.drivers.storage import remote
-from kvmhv.drivers.storage.directory import Directories
+from kvmhv.drivers.storage.directory import DEFAULT, Directories, in_a_thread
 from kvmhv.drivers.storage.qemu_img import ImageFile, QemuImg
 from kvmhv.drivers.storage.volumes import DirectoryVolume, ImageVolume, LunVolume, Volume
 from kvmhv.errors import CallerError, HostError
@@ -24,7 +24,7 @@ from kvmhv.places import DiskPlace
 ANSWER_S = 12.0
 """A look at a share; longer than its clients' own deadlines."""
 THREADS = 4
-"""For each location: so many looks may hang at once, more are refused."""
+"""For each location: when so many looks hang, more are refused at once."""
 
 Result = TypeVar("Result")
 
@@ -44,11 +44,11 @@ class Storage:
     """Implements ports.Disks and what making disks needs beyond it."""
 
     def __init__(self, config: Config) -> None:
-        self._directories = Directories(config)
+        self._directories = Directories(config, self._do)
         self._remote = remote.RemoteImages(QemuImg(config.qemu_binary))
         self._attached: dict[str, Attached] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
-        self._waiting: dict[str, int] = {}
+        self._stuck: dict[str, int] = {}
 
     # --- the set of locations
 
@@ -72,23 +72,38 @@ class Storage:
         return attached.volume if attached is not None and attached.shared_id is not None else None
 
     async def ask(self, name: str, look: Callable[[], Result]) -> Result:
-        """Do something that blocks on a location. Raises HostError `location-silent`, and as remote.failed says."""
-        if self._waiting.get(name, 0) >= THREADS:
+        """Do something that blocks on a location. Raises HostError `location-silent`, and as remote.failed says.
+
+        A call that is given up may still be done when the storage answers again: `is_quiet` tells.
+        """
+        if self._stuck.get(name, 0) >= THREADS:
             raise _silent(name)
         threads = self._threads.setdefault(name, ThreadPoolExecutor(THREADS, thread_name_prefix=f"location-{name}"))
-        self._waiting[name] = self._waiting.get(name, 0) + 1
-        future = asyncio.get_running_loop().run_in_executor(threads, look)
-        future.add_done_callback(lambda _done: self._answered(name))
+        call = threads.submit(look)
+        answer = asyncio.wrap_future(call)
         try:
             async with asyncio.timeout(ANSWER_S):
-                return await asyncio.shield(future)
+                return await asyncio.shield(answer)
         except TimeoutError:
+            if not call.cancel():  # it was begun, and hangs
+                self._stuck[name] = self._stuck.get(name, 0) + 1
+                answer.add_done_callback(lambda done: self._came_back(name, done))
             raise _silent(name) from None
         except OSError as error:
             raise remote.failed(name, "", error) from error
 
-    def _answered(self, name: str) -> None:
-        self._waiting[name] -= 1
+    async def _do(self, name: str, work: Callable[[], Result]) -> Result:
+        """Touch files of a directory. Only of `default` it is known that it lies on this host's own disks."""
+        return await (in_a_thread if name == DEFAULT else self.ask)(name, work)
+
+    def is_quiet(self, name: str) -> bool:
+        """Whether nothing is under way any more that was given up because the location was silent."""
+        return not self._stuck.get(name, 0)
+
+    def _came_back(self, name: str, done: "asyncio.Future[Result]") -> None:
+        self._stuck[name] -= 1
+        if not done.cancelled():
+            done.exception()  # nobody waits for it any more
 
     # --- ports.Disks
 
@@ -136,14 +151,12 @@ class Storage:
         volume = self._images(layer)
         if volume is not None:
             return await self.ask(layer.location, lambda: volume.exists(layer.path))
-        await self._awake(layer)
-        return await asyncio.to_thread(os.path.lexists, self.path(layer))
+        return await self.ask(layer.location, lambda: os.path.lexists(self.path(layer)))
 
     async def create(self, layer: Layer, size_bytes: int, backing: Layer | None) -> None:
         """Make an empty image of exactly `size_bytes`; a LUN's image may be smaller than the LUN."""
         volume = self._images(layer)
         if volume is None:
-            await self._awake(layer)
             await self._directories.create(layer, size_bytes, backing)
             return
         await self._reserve(volume, layer, size_bytes, _named_from(layer, backing))
@@ -161,7 +174,6 @@ class Storage:
         volume = self._images(layer)
         if volume is not None:
             return await self.ask(layer.location, lambda: volume.used(layer.path))
-        await self._awake(layer)
         return await self._directories.used_bytes(layer)
 
     async def remove(self, layer: Layer) -> None:
@@ -170,10 +182,9 @@ class Storage:
         if volume is not None:
             await self.ask(layer.location, lambda: volume.remove(layer.path))
             return
-        await self._awake(layer)
         if attached is not None and attached.shared_id is not None:
-            record = attached.volume.owner_record(layer.path)
-            (self.path(layer).parent / Path(record).name).unlink(missing_ok=True)
+            record = Path(attached.volume.owner_record(layer.path)).name
+            await self.ask(layer.location, lambda: (self.path(layer).parent / record).unlink(missing_ok=True))
         await self._directories.remove(layer)
 
     # --- what making a VM's disks needs beyond a move
@@ -182,15 +193,14 @@ class Storage:
         """Describe an image and its backing files, top first."""
         return await self._directories.chain(file, format)
 
-    def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
+    async def layer_of(self, file: Path, format: DiskFormat) -> Layer | None:  # noqa: A002
         """Return the layer that a file is, None if it lies in no location."""
-        return self._directories.layer_of(file, format)
+        return await self._directories.layer_of(file, format)
 
     async def flatten(self, chain: tuple[ImageFile, ...], layer: Layer) -> None:
         """Copy a described image with all its backing files into one new layer."""
         volume = self._images(layer)
         if volume is None:
-            await self._awake(layer)
             await self._directories.flatten(chain, layer)
             return
         await self._reserve(volume, layer, chain[0].size_bytes, None)
@@ -204,7 +214,6 @@ class Storage:
         """Copy one file of a chain as it is; its header names `backing` then."""
         volume = self._images(layer)
         if volume is None:
-            await self._awake(layer)
             await self._directories.copy_file(image, layer, backing)
             return
         if backing is not None:
@@ -244,12 +253,6 @@ class Storage:
         await self.ask(layer.location, lambda: volume.reserve(layer.path, head, length))
         if lun and head:
             await self._remote.write_head(volume.place(layer.path), head)
-
-    async def _awake(self, layer: Layer) -> None:
-        """Make sure that a mounted share answers, before the event loop touches it."""
-        attached = self._attached.get(layer.location)
-        if attached is not None:
-            await self.ask(layer.location, attached.volume.space)
 
 
 def _named_from(layer: Layer, backing: Layer | None) -> tuple[str, DiskFormat] | None:
