@@ -17,7 +17,7 @@ async def buffered(disk_paths: dict[str, tuple[DiskPlace, ...]]) -> frozenset[Di
     places = [place for places in disk_paths.values() for place in places]
     try:
         async with asyncio.timeout(LOOK_S):
-            found = await asyncio.to_thread(lambda: [_has_direct(place) for place in places])
+            found = await asyncio.to_thread(lambda: [has_direct(place) for place in places])
     except TimeoutError:
         files = ", ".join(str(place) for place in places if isinstance(place, Path))
         text = f"one of {files} does not answer in {LOOK_S:g} s"
@@ -25,7 +25,7 @@ async def buffered(disk_paths: dict[str, tuple[DiskPlace, ...]]) -> frozenset[Di
     return frozenset(place for place, has in zip(places, found, strict=True) if not has)
 
 
-def _has_direct(path: DiskPlace) -> bool:
+def has_direct(path: DiskPlace) -> bool:
     """Whether a file's file system can be used without its page cache (O_DIRECT); the network drivers have none."""
     if not isinstance(path, Path):
         return True
