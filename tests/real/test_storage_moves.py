@@ -190,9 +190,12 @@ def test_a_server_that_dies_for_seconds_in_the_memory_phase_loses_nothing(site: 
         writer.goes_on()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_server_that_freezes_is_told_of_and_the_agent_answers_on(site: Site, kind: str) -> None:
-    """Its connections stay up, so that nothing but the guest's own requests shows it; no look may hang the agent."""
+def test_a_server_that_freezes_is_told_of_and_the_agent_answers_on(site: Site) -> None:
+    """Its connections stay up, so that nothing but the guest's own requests shows it; no look may hang the agent.
+
+    On SMB, where disks are files of a mount: what looks at them hangs.
+    """
+    kind = "smb"
     with writing(site, kind, "raw") as writer:
         site.server.freeze_server(kind)
         try:
