@@ -38,6 +38,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     connections: Annotated[int, Meta(ge=10, le=COUNT_MAX)] = 500
     qmp_timeout_s: Wait = 20.0
     """A QMP command that QEMU answers at once unless it hangs."""
+    switchover_command_s: Wait = 5.0
+    """One that it is told while the guest stands still, but the run itself: beyond it the move is taken back."""
     qemu_start_s: Wait = 30.0
     io_stall_s: Wait = 10.0
     """A disk that answers nothing for so long while the guest waits for it is told of."""

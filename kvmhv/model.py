@@ -884,6 +884,10 @@ class HostReport(Struct, frozen=True, kw_only=True):
     trusted: tuple[TrustedHost, ...]
     moves_out: int
     moves_in: int
+    move_bound_s: float = 0.0
+    """The most that a move from here takes until it has ended or the operator is told."""
+    blackout_bound_s: float = 0.0
+    """The most of it in which the guest may stand still."""
 
 
 class Problem(Struct, frozen=True, kw_only=True):

@@ -56,6 +56,11 @@ def _draw(report: HostReport) -> None:
             ("accelerator", f"{qemu.accel}: {report.accel_reason}" if qemu else report.accel_reason),
             ("switches", ", ".join(report.switches) or None),
             ("moves now", f"{report.moves_out} out, {report.moves_in} in"),
+            (
+                "bounds",
+                f"a move has ended or told the operator after {output.seconds_text(report.move_bound_s)}, "
+                f"its blackout after {output.seconds_text(report.blackout_bound_s)}",
+            ),
         ]
     )
     output.say("\nsettings (kvmhv host set KEY=VALUE)")

@@ -249,7 +249,7 @@ def _runs_late(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _adopted(state: TargetState, fact: facts.Fact) -> Result:
-    state = update(state, adopted=True)
+    state = update(state, adopted=True, outcome=Outcome.RUNNING, failure=None)
     timer = SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s + state.plan.timeouts.reconnect_s)
     return state, [Journal(), timer, Send(message=_owned(state))]
 
@@ -260,9 +260,18 @@ def _finished(state: TargetState, fact: facts.Fact) -> Result:
 
 def _settled(state: TargetState, fact: facts.Fact) -> Result:
     """The source does not say that it has finished: all that is this host's to do is done."""
-    if not state.adopted:
-        return state, adopt(state)
-    return _end_owning(state)
+    if state.adopted:
+        return _end_owning(state)
+    error = ErrorBody(
+        code="ownership-unconfirmed",
+        message=f"{state.vm.name} is {state.target}'s own, whose agent cannot record that on its disk; "
+        f"{state.source} keeps its disks until then",
+        todo=f"see the agent's log and the disk of state_dir on {state.target}: it is tried again by itself",
+        host=state.target,
+        exit_status=5,
+    )
+    state = update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error)
+    return state, [*adopt(state), NeedOperator(error=error)]
 
 
 def _end_owning(state: TargetState) -> Result:
@@ -374,7 +383,7 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.UNDOING, facts.IncomingReady): target_undo.prepared_in_vain,
     (S.UNDOING, facts.Undone): target_undo.undone,
     (S.UNDOING, facts.Failed): target_undo.undo_failed,
-    (S.UNDOING, facts.TimerFired): target_undo.undo_again,
+    (S.UNDOING, facts.TimerFired): target_undo.undo_too_long,
     **{(at, facts.Failed): target_undo.failed for at in BEFORE_RUN},
     (S.PREPARING, facts.QemuGone): _died_preparing,
     **{(at, facts.QemuGone): target_undo.failed for at in BEFORE_RUN if at is not S.PREPARING},

@@ -53,6 +53,21 @@ def undo_again(state: TargetState, fact: facts.Fact) -> Result:
     return state, [UndoTarget(plan=state.plan), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
 
 
+def undo_too_long(state: TargetState, fact: facts.Fact) -> Result:
+    """Nothing answers: tried again for as long as it takes, and the operator hears of it."""
+    after, effects = undo_again(update(state, undo_tries=state.undo_tries + 1), fact)
+    if after.undo_tries != UNDO_TRIES:
+        return after, effects
+    error = ErrorBody(
+        code="cleanup-failed",
+        message=f"what the move of {state.vm.name} made on {state.target} cannot be taken back: it takes too long",
+        todo="it is tried again by itself; see the agent's log there for what hangs",
+        host=state.target,
+        exit_status=5,
+    )
+    return after, [*effects, NeedOperator(error=error)]
+
+
 def _end_refused(state: TargetState) -> Result:
     error = state.failure
     assert error is not None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import kvmhv
 from kvmhv.agent.settings import Settings
 from kvmhv.config import Config
+from kvmhv.core import bounds
 from kvmhv.drivers.auth.trust import Trust
 from kvmhv.errors import HostError
 from kvmhv.model import HostReport, MoveReport, QemuInfo
@@ -61,4 +62,6 @@ class HostView:
             trusted=self._trust.list(),
             moves_out=sum(move.direction == "out" for move in running),
             moves_in=sum(move.direction == "in" for move in running),
+            move_bound_s=bounds.move_s(self._config.timeouts),
+            blackout_bound_s=bounds.blackout_s(self._config.timeouts),
         )

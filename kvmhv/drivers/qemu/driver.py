@@ -199,7 +199,9 @@ class Qemu(StorageMoves):
 
     async def unexport(self, vm_id: str) -> None:
         """End the NBD exports and their server."""
-        await blocks.unexport((await self._instance(vm_id)).qmp)
+        instance = await self._instance(vm_id)
+        async with instance.bounded("end the exports", self._config.limits.switchover_command_s):
+            await blocks.unexport(instance.qmp)
 
     # --- source of a move
 
@@ -221,7 +223,8 @@ class Qemu(StorageMoves):
     async def finish_mirrors(self, vm_id: str) -> None:
         """End ready mirrors in sync, without pivot. The guest is stopped."""
         instance = await self._instance(vm_id)
-        await blocks.finish(instance.qmp, tuple(instance.mirrors.disks))
+        async with instance.bounded("end the mirrors", self._config.limits.switchover_command_s):
+            await blocks.finish(instance.qmp, tuple(instance.mirrors.disks))
 
     async def migrate(self, vm: Vm, plan: Plan, address: IncomingAddress, psk_hex: str) -> None:
         """Begin the memory migration."""
@@ -248,11 +251,14 @@ class Qemu(StorageMoves):
         """Lift the bandwidth cap, then `stop`."""
         instance = await self._instance(vm_id)
         instance.dirty_sample.end()
-        await memory.stop(instance.qmp)
+        async with instance.bounded("stop the guest", self._config.limits.switchover_command_s):
+            await memory.stop(instance.qmp)
 
     async def continue_switchover(self, vm_id: str) -> None:
         """`migrate-continue` out of pre-switchover."""
-        await (await self._instance(vm_id)).qmp.execute("migrate-continue", {"state": "pre-switchover"})
+        instance = await self._instance(vm_id)
+        async with instance.bounded("switch over", self._config.limits.switchover_command_s):
+            await instance.qmp.execute("migrate-continue", {"state": "pre-switchover"})
 
     async def undo_source(self, vm_id: str, timeout_s: float) -> str:
         """Cancel memory and mirrors, remove what the move added; does not `cont`. Also when QMP hangs.

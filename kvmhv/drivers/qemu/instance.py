@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
@@ -76,6 +76,16 @@ class Instance:
         )
         self._settling: asyncio.Task[None] | None = None
         self._watch = asyncio.create_task(self._watch_process(), name=f"watch {self.name}")
+
+    @contextlib.asynccontextmanager
+    async def bounded(self, what: str, limit_s: float) -> AsyncIterator[None]:
+        """Bound what is told to QEMU while the guest stands still. Raises QmpLost `qemu-hangs`."""
+        try:
+            async with asyncio.timeout(limit_s):
+                yield
+        except TimeoutError:
+            text = f"{self.name}: QEMU was told to {what} in the switchover and has not done it in {limit_s:g} s"
+            raise QmpLost("qemu-hangs", text, "see the VM's qemu.log") from None
 
     async def state(self) -> RunState:
         """Return what QEMU says now; `answers` False when it says nothing in time."""
