@@ -32,6 +32,8 @@ CREATE TABLE moves (move TEXT NOT NULL, role TEXT NOT NULL, number INTEGER PRIMA
 SEAL = b"kvmhv1"
 """Begins what a journal keeps: then its digest, then the state itself."""
 DIGEST_BYTES = 16
+MAPS = (*(bytes([first]) for first in range(0x80, 0x90)), b"\xde", b"\xdf")
+"""What msgpack begins a record with: an entry of an older kvmhv has no seal and begins so."""
 
 
 class _Volatile(msgspec.Struct):
@@ -225,7 +227,7 @@ def _unseal(content: object) -> bytes | None:
     if not isinstance(content, bytes):
         return None
     if not content.startswith(SEAL):
-        return content or None
+        return content if content[:1] in MAPS else None
     state = content[len(SEAL) + DIGEST_BYTES :]
     return state if _seal(state) == content else None
 
