@@ -10,6 +10,7 @@ from kvmhv import __version__
 from kvmhv.errors import KvmhvError
 from kvmhv.lab.bench import page
 from kvmhv.lab.bench.cases import CASES
+from kvmhv.lab.bench.extras import EXTRAS
 from kvmhv.lab.bench.run import run
 
 ROUNDS, QUICK_ROUNDS = 7, 3
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> int:
     """Run it; exit status 1 when a case broke, 2 when the request is wrong."""
     parser = argparse.ArgumentParser(prog="script/bench", description="kvmhv beside virsh and QMP by hand, in the lab.")
     parser.add_argument("--quick", action="store_true", help="two small guests, three rounds: under ten minutes")
-    parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this case")
+    parser.add_argument("--case", action="append", choices=[*(case.name for case in CASES), *EXTRAS], help="only this")
     parser.add_argument(
         "--rounds", type=int, metavar="N", help=f"rounds of each case ({ROUNDS}; quick: {QUICK_ROUNDS})"
     )
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
     if given.case:
         cases = [case for case in CASES if case.name in given.case]
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
-    with_scale = not given.quick and not given.case
+    extras = [name for name in EXTRAS if (name in given.case if given.case else not given.quick)]
     started_s = time.monotonic()
 
     def progress(text: str) -> None:
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
             "kvmhv": __version__,
             "quick": given.quick,
             "rounds": rounds,
-            **run(given.lab, cases, rounds, progress, with_scale=with_scale),
+            **run(given.lab, cases, rounds, progress, extras=extras),
         }
     except KvmhvError as error:
         sys.stderr.write(f"bench: {error}\n")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from kvmhv.lab.bench.cases import GUEST_NUMBERS, Guest
 from kvmhv.lab.guest_images import GuestImages
 from kvmhv.lab.lab import LabHost
+from kvmhv.lab.plan import rate_bits_per_second
 
 DIRECTORY = "/var/lib/kvmhv/bench"
 MACHINE = "pc-q35-7.2"
@@ -64,3 +65,11 @@ def make_disk(host: LabHost, path: str, size_mib: int, *, full: bool) -> None:
             f" && rm {path}.part"
         )
     host.exec(["sh", "-c", script], timeout_s=300)
+
+
+def shape(host: LabHost, device: str, rate: str) -> None:
+    """Give a host's sending side of a network its rate."""
+    burst = max(64 * 1024, rate_bits_per_second(rate) // 8000)
+    host.exec(
+        ["tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", rate, "burst", str(burst), "latency", "50ms"]
+    )

@@ -11,10 +11,20 @@ from typing import Any
 from kvmhv.errors import HostError
 from kvmhv.lab.bench.libvirt import children_cpu_s
 from kvmhv.lab.bench.machine import Hardware
-from kvmhv.lab.lab import LabHost
+from kvmhv.lab.lab import Lab, LabHost
 
 NAME = "kvmhv"
 MOVE_S = 240.0
+
+
+def kvmhv(lab: Lab, host: str, *arguments: str, timeout_s: float = MOVE_S, may_fail: bool = False) -> str:
+    """Run a command for a host of a lab and return what it printed. HostError `bench-step` unless it `may_fail`."""
+    argv = [sys.executable, "-m", "kvmhv", "--host", host, *arguments]
+    environment = {**os.environ, "KVMHV_LAB": lab.name}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    if done.returncode and not may_fail:
+        raise HostError("bench-step", f"kvmhv {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 @dataclass(frozen=True)

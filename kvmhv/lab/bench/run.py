@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from kvmhv.errors import HostError
-from kvmhv.lab.bench import figures, meters, scale
+from kvmhv.lab.bench import figures, meters
 from kvmhv.lab.bench.cases import DOWNTIME_S, GUEST_NUMBERS, KVMHV, RAW, VIRSH, Case, Way
+from kvmhv.lab.bench.extras import EXTRAS
 from kvmhv.lab.bench.figures import Measured, Rounds
 from kvmhv.lab.bench.libvirt import VirshGuest
-from kvmhv.lab.bench.machine import furnish, hardware, make_disk, make_tap
+from kvmhv.lab.bench.machine import furnish, hardware, make_disk, make_tap, shape
 from kvmhv.lab.bench.product import KvmhvGuest
 from kvmhv.lab.bench.raw import RawGuest
 from kvmhv.lab.guest_images import ensure_guest_images
@@ -208,14 +209,6 @@ def rotated(ways: Sequence[Way], number: int) -> list[Way]:
     return [*ways[start:], *ways[:start]]
 
 
-def shape(host: LabHost, device: str, rate: str) -> None:
-    """Give a host's sending side of a network its rate."""
-    burst = max(64 * 1024, rate_bits_per_second(rate) // 8000)
-    host.exec(
-        ["tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", rate, "burst", str(burst), "latency", "50ms"]
-    )
-
-
 def cli_start_s(times: int = 7) -> list[float]:
     """Return how long `kvmhv --help` takes."""
     found = []
@@ -227,14 +220,30 @@ def cli_start_s(times: int = 7) -> list[float]:
 
 
 def run(
-    name: str, cases: Sequence[Case], rounds: int, progress: Progress, *, with_scale: bool = False
+    name: str, cases: Sequence[Case], rounds: int, progress: Progress, *, extras: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Run the benchmark on a lab of its own; returns everything that was measured.
+    """Run the benchmark on labs of its own; returns everything that was measured.
 
-    `with_scale`: also the memory of an agent with many VMs.
+    `extras`: what else is measured, by its name in EXTRAS.
     """
     started_s = time.time()
     load_before = os.getloadavg()[0]
+    found = _compared(name, cases, rounds, progress) if cases else {"comparisons": [], "failures": [], "cases": []}
+    start = figures.limit("CLI start (kvmhv --help)", figures.spread(cli_start_s())["median"], "s", 0.2)
+    own = [*found.pop("limits", ()), start]
+    for extra in extras:
+        own += EXTRAS[extra](name, progress)
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started_s)),
+        "seconds": round(time.time() - started_s),
+        "machine": {"cpus": os.cpu_count(), "load_before": load_before},
+        "versions": found.pop("versions", {"kernel": os.uname().release}),
+        "limits": own,
+        **found,
+    }
+
+
+def _compared(name: str, cases: Sequence[Case], rounds: int, progress: Progress) -> dict[str, Any]:
     suites = {"host1": LIBVIRT_TREE, "host2": LIBVIRT_TREE}
     lab = Lab.up(name, rate=cases[0].rate, suites=suites, progress=progress)
     try:
@@ -244,19 +253,10 @@ def run(
         versions = bench.versions()
     finally:
         lab.down()
-    compared = [one for case in cases for one in figures.compare(case, bench.rounds[case.name])]
-    start = figures.limit("CLI start (kvmhv --help)", figures.spread(cli_start_s())["median"], "s", 0.2)
-    own = [*figures.limits(bench.rounds), start]
-    if with_scale:
-        memory_mib = scale.agent_bytes(name, progress) / 1048576
-        own.append(figures.limit(f"resident memory of an agent with {scale.VMS} running VMs", memory_mib, "MiB", 90.0))
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started_s)),
-        "seconds": round(time.time() - started_s),
-        "machine": {"cpus": os.cpu_count(), "load_before": load_before},
         "versions": versions,
-        "comparisons": compared,
-        "limits": own,
+        "comparisons": [one for case in cases for one in figures.compare(case, bench.rounds[case.name])],
+        "limits": figures.limits(bench.rounds),
         "failures": bench.failures,
         "cases": [
             {
