@@ -113,7 +113,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 PROFILES: dict[str, int] = {"hyperv": 10, "hyperv-2012r2": 5}
 """Complete passes after which the guest is stopped (2008 R2 and the brief: 10; since 2012 R2: 5)."""
 
-PERFORMANCE_OPTIONS = ("tcpip", "compression")
+PERFORMANCE_OPTIONS = ("tcpip", "compression", "smb")
 
 ON_OVERRUN = ("cancel", "throttle", "accept")
 """What can happen to a move whose blackout would be over its limit."""

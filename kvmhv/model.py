@@ -336,6 +336,8 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """Source only: what its running QEMU says of the VM."""
     proven_shared: tuple[str, ...] = ()
     """Source only: locations at which each side has just read what the other had written (agent/sharing.py)."""
+    mptcp: bool = False
+    """Its kernel can spread one connection over several networks."""
     not_shared: dict[str, str] = {}
     """Source only: locations that may be shared by their kind, and why the proof failed."""
     runtimes: dict[str, RuntimeInfo] = {}
@@ -534,6 +536,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     estimate_bytes: int
     timeouts: "Timeouts"
     channels: Channels = Channels()
+    more_networks: tuple[tuple[str, str], ...] = ()
+    """(source's, target's) addresses in further networks that the connections take as well, by MPTCP."""
 
 
 class Timeouts(Struct, frozen=True, kw_only=True):

@@ -451,6 +451,25 @@ class Network(Protocol):
         ...
 
 
+class MigrationWays(Protocol):
+    """Further networks for the connections of a move. Implemented by drivers/network over MPTCP."""
+
+    async def possible(self) -> bool:
+        """Whether this host's kernel can do that."""
+        ...
+
+    async def open(self, move_id: str, announced: tuple[str, ...]) -> None:
+        """Let the host's connections take several networks; tell their other ends of its `announced` addresses.
+
+        Raises HostError `network`. May be repeated.
+        """
+        ...
+
+    async def close(self, move_id: str) -> None:
+        """Take back what `open` did for this move, as far as no other needs it; never raises."""
+        ...
+
+
 class FrameWatch(Protocol):
     """A look at the taps of one VM. What comes from its opening on is kept: nothing is lost before somebody waits."""
 

@@ -41,3 +41,16 @@ def test_only_listed_networks_are_usable_and_the_best_listing_counts() -> None:
         at("10.0.0.1", priority=7),
         at("192.168.0.1", priority=-1),
     )
+
+
+def test_further_networks_are_those_that_both_list_each_once_and_the_best_first() -> None:
+    source = (at("10.0.0.1"), at("10.0.1.1"), at("10.0.2.1", priority=7), at("10.0.2.9"), at("10.0.3.1"))
+    target = (at("10.0.0.2", priority=9), at("10.0.1.2"), at("10.0.2.2"), at("10.0.3.2", priority=-1))
+    assert addresses.choose(source, target) == (source[0], target[0])
+    assert addresses.further(source, target) == ((source[2], target[2]), (source[1], target[1]))
+    assert addresses.further(source, ()) == ()
+
+
+def test_where_any_network_will_do_all_are_taken() -> None:
+    source, target = (tuple(at(f"10.0.{net}.{host}", priority=-1) for net in (0, 1)) for host in (1, 2))
+    assert addresses.further(source, target) == ((source[1], target[1]),)

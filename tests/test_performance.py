@@ -8,7 +8,7 @@ import pytest
 
 from kvmhv.core import checks, performance, plan
 from kvmhv.drivers.qemu import memory, page_sample
-from kvmhv.model import MIB, Channels, Inventory, MoveRequest, PageSample, Rule, Severity, Timeouts
+from kvmhv.model import MIB, Address, Channels, Inventory, MoveRequest, PageSample, Rule, Severity, Timeouts
 from tests.sim import examples
 
 FAST = PageSample(method="zstd", level=1, ratio=3.0, bytes_per_s=400 * MIB)
@@ -120,3 +120,39 @@ def test_a_process_that_is_gone_gives_no_sample() -> None:
 
 def _mapping(size_bytes: int) -> mmap.mmap:
     return mmap.mmap(-1, size_bytes)
+
+
+# --- several networks
+
+
+def on(*hosts: Inventory, networks: int = 2, mptcp: bool = True) -> list[Inventory]:
+    """The same hosts in so many networks."""
+    return [
+        msgspec.structs.replace(
+            one,
+            mptcp=mptcp,
+            migration_addresses=tuple(Address(ip=f"10.0.{net}.{octet}", prefix=24) for net in range(networks)),
+        )
+        for octet, one in enumerate(hosts, start=1)
+    ]
+
+
+def test_smb_takes_every_network_that_both_hosts_have() -> None:
+    source, target = on(host("host1", FAST), host("host2"), networks=3)
+    assert performance.more_networks("smb", source, target) == (("10.0.1.1", "10.0.1.2"), ("10.0.2.1", "10.0.2.2"))
+    assert performance.more_networks("tcpip", source, target) == ()
+    assert not list(performance.findings("smb", source, target))
+    made = plan.make(VM, MoveRequest(vm="web01", target="host2"), Rule(performance="smb"), Timeouts(), source, target)
+    assert made.more_networks == performance.more_networks("smb", source, target)
+    assert made.channels == Channels()
+
+
+def test_what_smb_lacks_is_told_and_the_move_takes_one_network() -> None:
+    for lacking, found in (
+        (on(host("host1"), host("host2"), networks=1), {"one-network"}),
+        (on(host("host1"), host("host2"), mptcp=False), {"mptcp-missing"}),
+    ):
+        findings = list(performance.findings("smb", *lacking))
+        assert {one.id for one in findings} == found
+        assert {one.severity for one in findings} == {Severity.WARNING}
+        assert performance.more_networks("smb", *lacking) == ()

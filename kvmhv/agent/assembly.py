@@ -42,7 +42,7 @@ from kvmhv.drivers.flows import TcpFlows
 from kvmhv.drivers.frames import PacketFrames
 from kvmhv.drivers.host import HostClock
 from kvmhv.drivers.libvirt import Libvirt
-from kvmhv.drivers.network import LinuxNetwork
+from kvmhv.drivers.network import LinuxNetwork, MptcpWays
 from kvmhv.drivers.peer import Peer
 from kvmhv.drivers.probes import NetworkProbes
 from kvmhv.drivers.qemu import Qemu
@@ -73,6 +73,7 @@ class Agent:
         self._vms = Vms(config, ground.database, ground.qemu, disks, ground.network, images, self._owners)
         self._host_vms = HostVms(config, self._vms, ground.runtime, disks)
         journal = TimedJournal(ground.database, ground.metrics.journal_written)
+        self._ways = ground.ways
         self._open_moves = OpenMoves(
             config=config,
             vms=self._vms,
@@ -84,6 +85,7 @@ class Agent:
             frames=PacketFrames(ground.clock),
             flows=TcpFlows(),
             probes=NetworkProbes(ground.clock),
+            ways=ground.ways,
             chronicle=ground.chronicle,
         )
         self._locations.moving = self._open_moves.touched
@@ -96,7 +98,14 @@ class Agent:
             journal=journal,
             clock=ground.clock,
             inventories=Inventories(
-                config, ground.host_id, ground.settings, self._host_vms, ground.qemu, disks, ground.network
+                config,
+                ground.host_id,
+                ground.settings,
+                self._host_vms,
+                ground.qemu,
+                disks,
+                ground.network,
+                ground.ways,
             ),
             sharing=self._sharing,
             owners=self._owners,
@@ -175,6 +184,7 @@ class Agent:
     async def start(self) -> None:
         """Recover moves, then VMs, then answer. Raises HostError; `stop` is still to be called."""
         await self._locations.start()
+        await self._ways.sweep()
         await self._open_moves.recover()
         await self._vms.recover()
         await self._listener.start()
@@ -229,6 +239,7 @@ class _Ground:
     runtime: Libvirt
     disks: Storage
     network: LinuxNetwork
+    ways: MptcpWays
 
 
 def _ground(config: Config) -> _Ground:
@@ -248,6 +259,7 @@ def _ground(config: Config) -> _Ground:
         runtime=Libvirt(config, clock, log.info),
         disks=Storage(config),
         network=LinuxNetwork(config),
+        ways=MptcpWays(config),
     )
 
 

@@ -8,7 +8,7 @@ from kvmhv.core import addresses
 from kvmhv.drivers import host
 from kvmhv.errors import HostError
 from kvmhv.model import Inventory, Location, Refusal, Vm, VmFacts
-from kvmhv.ports import Disks, Hypervisor, Network
+from kvmhv.ports import Disks, Hypervisor, MigrationWays, Network
 
 
 class Inventories:
@@ -23,6 +23,7 @@ class Inventories:
         hypervisor: Hypervisor,
         disks: Disks,
         network: Network,
+        ways: MigrationWays,
     ) -> None:
         self._config = config
         self._host_id = host_id
@@ -31,6 +32,7 @@ class Inventories:
         self._hypervisor = hypervisor
         self._disks = disks
         self._network = network
+        self._ways = ways
 
     async def make(
         self,
@@ -76,6 +78,7 @@ class Inventories:
             migration_addresses=addresses.usable(
                 await self._network.addresses(), parse_networks(settings.networks), settings.use_any_network
             ),
+            mptcp=await self._ways.possible(),
             refusal=refusal,
             facts_of_vm=facts,
             runtimes={self._runtime.name: other} if other is not None else {},

@@ -24,7 +24,7 @@ from kvmhv.core.storage_state import StorageState
 from kvmhv.core.target import TargetState
 from kvmhv.errors import HostError
 from kvmhv.model import MoveReport, Outcome, Vm
-from kvmhv.ports import Clock, Flows, Frames, Hypervisor, Journal, Peer, Probes, QemuEvent, Runtime
+from kvmhv.ports import Clock, Flows, Frames, Hypervisor, Journal, MigrationWays, Peer, Probes, QemuEvent, Runtime
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
 log = structlog.get_logger(__name__)
@@ -50,6 +50,7 @@ class OpenMoves:
         frames: Frames,
         flows: Flows,
         probes: Probes,
+        ways: MigrationWays,
         chronicle: Chronicle,
     ) -> None:
         self._limit = config.limits.move_facts
@@ -62,6 +63,7 @@ class OpenMoves:
         self._frames = frames
         self._flows = flows
         self._probes = probes
+        self._ways = ways
         self._chronicle = chronicle
         self._runners: dict[tuple[str, str], Runner] = {}
         self._gaps: dict[str, NetworkGap] = {}
@@ -201,7 +203,8 @@ class OpenMoves:
             machine = SteeredSource(state, self._runtime, self._clock)
         else:
             gap = AnswerGap(self._probes, state.vm.probe)
-            machine = SourceMachine(state, self._hypervisor, self._vms, self._peer, self._clock, self._flows, gap)
+            services = self._hypervisor, self._vms, self._peer, self._clock, self._flows
+            machine = SourceMachine(state, *services, gap, self._ways)
             self._leaving[state.move_id] = machine, gap
         runner = Runner(machine, state, self._clock, self._journal, self._limit)
         machine.put = runner.put
@@ -222,7 +225,7 @@ class OpenMoves:
         else:
             gap = NetworkGap(self._frames, state.vm, lambda after_ms: self._first_frame(runner, after_ms))
             self._gaps[state.move_id] = gap
-            machine = TargetMachine(state, self._hypervisor, self._vms, self._clock, gap)
+            machine = TargetMachine(state, self._hypervisor, self._vms, self._clock, gap, self._ways)
         runner = Runner(machine, state, self._clock, self._journal, self._limit)
         hello = Hello(move_id=state.move_id, host=state.target, role=TARGET, epoch=state.hold.epoch)
         runner.link = link or Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
@@ -269,6 +272,7 @@ class OpenMoves:
             await link.drain(LAST_WORDS_S)
             return report
         finally:
+            await self._ways.close(state.move_id)
             connecting.cancel()
             await asyncio.gather(connecting, return_exceptions=True)
             self._spawn(link.close(), f"last words of {state.move_id}")

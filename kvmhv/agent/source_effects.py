@@ -30,7 +30,7 @@ from kvmhv.core.effects import (
 from kvmhv.core.source_state import SourceState, report
 from kvmhv.errors import KvmhvError
 from kvmhv.model import ErrorBody, IncomingAddress, MoveReport, Plan, Vm
-from kvmhv.ports import Clock, Flows, FlowWatch, Hypervisor, MemoryStats, Peer, QemuEvent
+from kvmhv.ports import Clock, Flows, FlowWatch, Hypervisor, MemoryStats, MigrationWays, Peer, QemuEvent
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +51,7 @@ class SourceMachine:
         clock: Clock,
         flows: Flows,
         gap: AnswerGap,
+        ways: MigrationWays,
     ) -> None:
         self._move_id = state.move_id
         self._vm = state.vm
@@ -60,6 +61,7 @@ class SourceMachine:
         self._vms = vms
         self._peer = peer
         self._clock = clock
+        self._ways = ways
         self.put: Callable[[facts.Fact], None] = lambda fact: None
         """Where facts go that come while an effect is under way (progress)."""
         self._flows = flows
@@ -120,6 +122,7 @@ class SourceMachine:
 
     async def _mirror_disks(self, effect: MirrorDisks) -> facts.Fact:
         await self._count(effect.plan, effect.address)
+        await self._open_ways(effect.plan)
         await self._hypervisor.mirror(self._vm, effect.plan, effect.address, self._psk_hex)
         return await mirroring.until_ready(self._hypervisor, self._clock, self._vm, self.put)
 
@@ -127,6 +130,7 @@ class SourceMachine:
         await self._count(effect.plan, effect.address)
         self._gap.prepare()
         self._polling = True
+        await self._open_ways(effect.plan)
         await self._hypervisor.migrate(self._vm, effect.plan, effect.address, self._psk_hex)
         while self._polling:
             await asyncio.sleep(POLL_S)
@@ -143,6 +147,10 @@ class SourceMachine:
                     sampled_dirty_bytes_per_s=stats.sampled_dirty_bytes_per_s,
                 )
             )
+
+    async def _open_ways(self, plan: Plan) -> None:
+        if plan.more_networks:
+            await self._ways.open(self._move_id, ())
 
     async def _throttle_guest(self) -> None:
         await self._hypervisor.throttle(self._vm.id)
@@ -189,8 +197,11 @@ class SourceMachine:
     # --- what is seen beside it
 
     async def _count(self, plan: Plan, address: IncomingAddress) -> None:
-        """Begin to count what QEMU's connections carry; if that cannot be done the move goes on without the figure."""
-        if self._carried is None:
+        """Begin to count what QEMU's connections carry; if that cannot be done the move goes on without the figure.
+
+        Over several networks it is not: the further ways end at ports that only the kernels know.
+        """
+        if self._carried is None and not plan.more_networks:
             ports = (address.memory_port,) if address.disk_port is None else (address.memory_port, address.disk_port)
             try:
                 self._carried = await self._flows.watch(plan.target_address, ports)

@@ -10,7 +10,7 @@ from kvmhv.core import facts, target
 from kvmhv.core.effects import Adopt, Cont, Effect, Prepare, UndoTarget, Unexport
 from kvmhv.core.target import TargetState
 from kvmhv.model import ErrorBody, MoveReport
-from kvmhv.ports import Clock, Hypervisor, QemuEvent
+from kvmhv.ports import Clock, Hypervisor, MigrationWays, QemuEvent
 
 
 class TargetMachine:
@@ -18,7 +18,15 @@ class TargetMachine:
 
     role = "target"
 
-    def __init__(self, state: TargetState, hypervisor: Hypervisor, vms: Vms, clock: Clock, gap: NetworkGap) -> None:
+    def __init__(
+        self,
+        state: TargetState,
+        hypervisor: Hypervisor,
+        vms: Vms,
+        clock: Clock,
+        gap: NetworkGap,
+        ways: MigrationWays,
+    ) -> None:
         self._vm = state.vm
         self._source = state.source
         self._psk_hex = state.psk_hex
@@ -26,6 +34,8 @@ class TargetMachine:
         self._vms = vms
         self._clock = clock
         self._gap = gap
+        self._ways = ways
+        self._move_id = state.move_id
 
     def step(self, state: State, fact: facts.Fact) -> tuple[State, list[Effect]]:
         """Decide."""
@@ -60,6 +70,8 @@ class TargetMachine:
         await self._vms.make_disks(self._vm, arriving)
         taps = await self._vms.ensure_taps(self._vm)
         await self._gap.open(taps)
+        if effect.plan.more_networks:
+            await self._ways.open(self._move_id, tuple(there for _, there in effect.plan.more_networks))
         address = await self._hypervisor.start_incoming(
             self._vm,
             self._vms.disk_paths(self._vm),

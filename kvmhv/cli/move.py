@@ -79,7 +79,7 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
 @click.option(
     "--performance",
     type=click.Choice(PERFORMANCE_OPTIONS),
-    help="How memory travels: plainly, or compressed where that is faster; default: the host's setting.",
+    help="How memory travels: plainly, compressed where that pays, over all networks; default: the host's setting.",
 )
 @click.option(
     "--blackout-limit", type=click.IntRange(0, 3_600_000), metavar="MS", help="How long the VM may stand still; 0: any."

@@ -33,6 +33,7 @@ def _draw_plan(request: MoveRequest, plan: Plan) -> None:
         [
             ("mode", plan.mode),
             ("way", f"{plan.source_address} to {plan.target_address}, {rate}"),
+            *(("way", f"{here} to {there}, at the same time") for here, there in plan.more_networks),
             ("switchover", f"at {output.size_text(rule.threshold_bytes)} or after pass {rule.max_passes}"),
             ("blackout", limit),
             ("capabilities", ", ".join(plan.capabilities)),

@@ -4,11 +4,36 @@ import ipaddress
 
 from kvmhv.model import Address
 
+LISTED = 0
+"""The least priority of a network that the settings name."""
+
 
 def choose(source: tuple[Address, ...], target: tuple[Address, ...]) -> tuple[Address, Address] | None:
     """Return (source's, target's) address in a common subnet; the target's priority counts first, then the source's."""
+    return next(iter(_pairs(source, target)), None)
+
+
+def further(source: tuple[Address, ...], target: tuple[Address, ...]) -> tuple[tuple[Address, Address], ...]:
+    """Return a pair of addresses in each other network that both hosts list for migration, the best first.
+
+    Networks that are only allowed because any is are none of them, unless the first one is such a network, too.
+    """
+    pairs = _pairs(source, target)
+    if not pairs:
+        return ()
+    least = min(one.priority for one in pairs[0])
+    seen = {_subnet(pairs[0][0])}
+    found = []
+    for pair in pairs:
+        if _subnet(pair[0]) not in seen and min(one.priority for one in pair) >= min(least, LISTED):
+            seen.add(_subnet(pair[0]))
+            found.append(pair)
+    return tuple(found)
+
+
+def _pairs(source: tuple[Address, ...], target: tuple[Address, ...]) -> list[tuple[Address, Address]]:
     pairs = [(here, there) for there in target for here in source if _subnet(here) == _subnet(there)]
-    return max(pairs, key=lambda pair: (pair[1].priority, pair[0].priority), default=None)
+    return sorted(pairs, key=lambda pair: (pair[1].priority, pair[0].priority), reverse=True)
 
 
 def usable(

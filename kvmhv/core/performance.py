@@ -2,14 +2,17 @@
 
 Hyper-V calls this the performance option. `tcpip` is one plain connection. `compression` sends over several, each with
 a thread of its own that compresses, where that is faster than to send what there is; on a fast link, or with memory
-that does not shrink, it is not, and then the memory travels as with `tcpip`. Both are under TLS.
+that does not shrink, it is not, and then the memory travels as with `tcpip`. `smb` is one plain connection over all
+migration networks of both hosts at once, by MPTCP. All are under TLS.
 """
 
 from collections.abc import Iterable
 
+from kvmhv.core import addresses
 from kvmhv.model import Channels, Finding, Inventory, PageSample, Severity
 
 COMPRESSION = "compression"
+SMB = "smb"
 
 CHANNELS_MIN = 2
 CHANNELS_MAX = 4
@@ -19,6 +22,8 @@ WORTH_IT = 1.1
 SHRINKS = 1.2
 """Where nobody knows the link, memory that becomes so much smaller is compressed, with the least CPU time."""
 CAPABILITY = "multifd"
+NETWORKS_MAX = 7
+"""Beside the first: Linux makes no more than 8 ways of one connection."""
 
 
 def capabilities(channels: Channels) -> tuple[str, ...]:
@@ -35,6 +40,8 @@ def methods(source: Inventory, target: Inventory) -> tuple[str, ...]:
 
 def findings(option: str | None, source: Inventory, target: Inventory) -> Iterable[Finding]:
     """Return a warning where the option asks for what one of the hosts lacks."""
+    if option == SMB:
+        yield from _smb_findings(source, target)
     if option != COMPRESSION or methods(source, target):
         return
     lacking = source if not source.qemu.compressions else target
@@ -47,6 +54,36 @@ def findings(option: str | None, source: Inventory, target: Inventory) -> Iterab
         f"{target.host} both could: it travels uncompressed",
         todo=f"install a QEMU with zstd on {lacking.host}",
     )
+
+
+def _smb_findings(source: Inventory, target: Inventory) -> Iterable[Finding]:
+    for host in (source, target):
+        if not host.mptcp:
+            yield Finding(
+                id="mptcp-missing",
+                severity=Severity.WARNING,
+                object=SMB,
+                host=host.host,
+                text=f"the kernel of {host.host} has no MPTCP, or it is off: the move takes one network alone",
+                todo=f"on {host.host}: sysctl net.mptcp.enabled=1, with a kernel that has it",
+            )
+    if not addresses.further(source.migration_addresses, target.migration_addresses):
+        yield Finding(
+            id="one-network",
+            severity=Severity.WARNING,
+            object=SMB,
+            host=target.host,
+            text=f"{source.host} and {target.host} have only one migration network in common: the move takes it alone",
+            todo="name a second one in migration.networks on both hosts",
+        )
+
+
+def more_networks(option: str, source: Inventory, target: Inventory) -> tuple[tuple[str, str], ...]:
+    """Return (source's, target's) addresses in the further networks that a move takes as well."""
+    if option != SMB or not (source.mptcp and target.mptcp):
+        return ()
+    pairs = addresses.further(source.migration_addresses, target.migration_addresses)
+    return tuple((here.ip, there.ip) for here, there in pairs[:NETWORKS_MAX])
 
 
 def choose(option: str, source: Inventory, target: Inventory, link_bytes_per_s: float | None) -> Channels:

@@ -80,6 +80,7 @@ def make(
         estimate_bytes=memory_bytes + disk_bytes,
         timeouts=timeouts,
         channels=channels,
+        more_networks=performance.more_networks(rule.performance, source, target),
     )
 
 

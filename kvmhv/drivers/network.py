@@ -1,15 +1,17 @@
-"""Taps, bridges and addresses of this host over netlink (pyroute2). Implements ports.Network.
+"""Taps, bridges and addresses of this host over netlink (pyroute2), and MPTCP. Implements ports.Network, MigrationWays.
 
 A switch is a Linux bridge; the driver attaches taps to bridges and never makes or changes one. Each call opens its own
 netlink socket in a thread, so nothing of it lives in the event loop.
 """
 
 import asyncio
+import contextlib
 import errno
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
-from pyroute2 import IPRoute, NetlinkError
+from pyroute2 import MPTCP, IPRoute, NetlinkError
 
 from kvmhv.config import Config
 from kvmhv.errors import CallerError, HostError
@@ -19,6 +21,13 @@ INTERFACE_NAME_MAX = 15
 """Linux: IFNAMSIZ is 16 with its final zero (netdevice(7))."""
 
 CALL_TIMEOUT_S = 10.0
+MPTCP_ENABLED = Path("/proc/sys/net/mptcp/enabled")
+OWN_NUMBERS = range(224, 240)
+"""Endpoints with these numbers are kvmhv's: the kernel gives others the lowest free one."""
+WAYS_MAX = 8
+"""The kernel's own bound."""
+SIGNAL = 1
+"""MPTCP_PM_ADDR_FLAG_SIGNAL of linux/mptcp.h: tell the other end."""
 GLOBAL_SCOPE = 0
 """rtnetlink(7): addresses that are valid beyond their own link."""
 
@@ -82,6 +91,109 @@ class LinuxNetwork:
             raise
 
 
+class MptcpWays:
+    """Connections of moves that take several networks: the target's kernel tells the source's of its other addresses.
+
+    The source needs no address of its own for that: the way to the other address is the way to its network. QEMU
+    listens at one address, so the kernel listens at the others, at a port of the range that is open for moves (the
+    highest ones first, QEMU takes the lowest): which connection a new way belongs to says its token, not its port.
+    What an agent that ended in the middle has left is known by its number, and goes at the start of the next one; the
+    limits that it raised stay raised.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Remember which ports may be used."""
+        self._ports = config.migration_ports
+        self._announced: dict[str, tuple[str, ...]] = {}
+        """By move."""
+        self._limits: tuple[int, int] | None = None
+        """What they were before the first move: ways of a connection, addresses that are taken from the other end."""
+        self._lock = asyncio.Lock()
+
+    async def possible(self) -> bool:
+        """Whether this host's kernel has MPTCP, and it is on."""
+        return _has_mptcp()
+
+    async def sweep(self) -> None:
+        """At the agent's start: remove what an earlier agent left announced."""
+        if await self.possible():
+            with contextlib.suppress(HostError):
+                await _mptcp(lambda mptcp: _announce(mptcp, set(), self._ports))
+
+    async def open(self, move_id: str, announced: tuple[str, ...]) -> None:
+        """Raise the limits and announce addresses. Raises HostError `network`."""
+        async with self._lock:
+            self._announced[move_id] = announced
+            wanted = self._wanted()
+            before = await _mptcp(_raise_limits)
+            if self._limits is None:
+                self._limits = before
+            await _mptcp(lambda mptcp: _announce(mptcp, wanted, self._ports))
+
+    async def close(self, move_id: str) -> None:
+        """Take an announcement back that no other move needs; after the last one the limits are what they were."""
+        async with self._lock:
+            if self._announced.pop(move_id, None) is None:
+                return
+            wanted, limits = self._wanted(), self._limits
+            with contextlib.suppress(HostError):
+                await _mptcp(lambda mptcp: _announce(mptcp, wanted, self._ports))
+                if not self._announced and limits is not None:
+                    await _mptcp(lambda mptcp: mptcp.limits("set", subflows=limits[0], add_addr_accepted=limits[1]))
+                    self._limits = None
+
+    def _wanted(self) -> set[str]:
+        return {ip for announced in self._announced.values() for ip in announced}
+
+
+def _has_mptcp() -> bool:
+    try:
+        return MPTCP_ENABLED.read_text().strip() == "1"
+    except OSError:
+        return False
+
+
+def _raise_limits(mptcp: Any) -> tuple[int, int]:
+    """Return what the limits were."""
+    (now,) = mptcp.limits("show")
+    ways, taken = now.get_attr("MPTCP_PM_ATTR_SUBFLOWS"), now.get_attr("MPTCP_PM_ATTR_RCV_ADD_ADDRS")
+    mptcp.limits("set", subflows=max(ways, WAYS_MAX), add_addr_accepted=max(taken, WAYS_MAX))
+    return ways, taken
+
+
+def _announce(mptcp: Any, wanted: set[str], ports: tuple[int, int]) -> None:
+    """Let the addresses that kvmhv announces be exactly these; the operator's own endpoints stay as they are."""
+    ours: dict[int, str] = {}
+    for message in mptcp.endpoint("show"):
+        endpoint = message.get_attr("MPTCP_PM_ATTR_ADDR")
+        number = endpoint.get_attr("MPTCP_PM_ADDR_ATTR_ID")
+        if number in OWN_NUMBERS:
+            ip = endpoint.get_attr("MPTCP_PM_ADDR_ATTR_ADDR4") or endpoint.get_attr("MPTCP_PM_ADDR_ATTR_ADDR6")
+            ours[number] = ip
+    for number, ip in ours.items():
+        if ip not in wanted:
+            mptcp.endpoint("del", id=number, **_as_address(ip))
+    free = (number for number in OWN_NUMBERS if number not in ours)
+    for ip in sorted(wanted - set(ours.values())):
+        _announce_one(mptcp, ip, next(free), ports)
+
+
+def _announce_one(mptcp: Any, ip: str, number: int, ports: tuple[int, int]) -> None:
+    for port in range(ports[1], ports[0] - 1, -1):
+        try:
+            mptcp.endpoint("add", id=number, flags=SIGNAL, port=port, **_as_address(ip))
+        except NetlinkError as error:
+            if error.code != errno.EADDRINUSE:
+                raise
+        else:
+            return
+    raise OSError(errno.EADDRINUSE, f"no port of {ports[0]}-{ports[1]} is free on {ip}")
+
+
+def _as_address(ip: str) -> dict[str, str]:
+    return {"addr6" if ":" in ip else "addr4": ip}
+
+
 def _check_name(tap: str) -> None:
     if not tap.startswith(TAP_PREFIX) or not len(TAP_PREFIX) < len(tap) <= INTERFACE_NAME_MAX:
         raise HostError("network", f"{tap!r} is no tap of kvmhv", "this is a mistake of kvmhv: please report it")
@@ -123,6 +235,20 @@ async def _call(action: Callable[[IPRoute], Result]) -> Result:
         with IPRoute() as ip:
             return action(ip)
 
+    return await _in_thread(work)
+
+
+async def _mptcp(action: Callable[[Any], Result]) -> Result:
+    """Run an action with a netlink socket for MPTCP in a thread. Raises HostError `network`."""
+
+    def work() -> Result:
+        with MPTCP() as mptcp:
+            return action(mptcp)
+
+    return await _in_thread(work)
+
+
+async def _in_thread(work: Callable[[], Result]) -> Result:
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             return await asyncio.to_thread(work)

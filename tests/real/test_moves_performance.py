@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.real.moving import MIB, Pair, Report, until
+from tests.real.moving import MIB, Pair, Report, Side, until
 
 pytestmark = pytest.mark.real
 
@@ -75,3 +75,30 @@ def test_the_host_setting_decides_where_nothing_is_asked(pair: Pair) -> None:
         assert pair.moved(pair.a, pair.b)["request"]["performance"] == "compression"
     assert pair.moved(pair.b, pair.a)["request"]["performance"] == "tcpip"
     pair.works(pair.a)
+
+
+def test_a_move_takes_all_networks_at_once_and_leaves_nothing_of_that(pair: Pair) -> None:
+    """Both carry a good share; the management network is the second one here."""
+    before = [side.sh("ip mptcp endpoint; ip mptcp limits") for side in pair.sides]
+    subnets = ",".join(f"{ip.rsplit('.', 1)[0]}.0/24" for ip in list(pair.a.host.plan.addresses.values())[:2])
+    pair.boot(working_set_bytes=64 * MIB, rate_bytes_per_s=1 * MIB, memory="96M")
+    with ExitStack() as settings:
+        for side in pair.sides:
+            settings.enter_context(side.settings(networks=subnets))
+            for network in ("management", "migration"):
+                settings.enter_context(side.slow_network("200mbit", network))
+        sent = [sent_bytes(pair.a, network) for network in ("management", "migration")]
+        report = pair.moved(pair.a, pair.b, "--performance", "smb")
+        sent = [
+            sent_bytes(pair.a, network) - had for network, had in zip(("management", "migration"), sent, strict=True)
+        ]
+    assert len(report["plan"]["more_networks"]) == 1, report["plan"]
+    assert min(sent) > sum(sent) / 5, sent
+    assert sum(sent) > 64 * MIB, sent
+    after = [side.sh("ip mptcp endpoint | grep -v implicit; ip mptcp limits") for side in pair.sides]
+    assert after == before
+    pair.works(pair.b)
+
+
+def sent_bytes(side: Side, network: str) -> int:
+    return int(side.file(f"/sys/class/net/{network}/statistics/tx_bytes").read_text())

@@ -46,8 +46,8 @@ def layers_arriving(copy: DiskCopy) -> int:
 # --- target -------------------------------------------------------------------------------------------------------
 
 
-async def export(qmp: Qmp, ip: str, ports: tuple[int, int], nodes: list[str]) -> int:
-    """Export nodes for writing by NBD under the key; returns the port, one of `ports`.
+async def export(qmp: Qmp, plan: Plan, ports: tuple[int, int], nodes: list[str]) -> int:
+    """Export nodes for writing by NBD under the key, at the plan's address; returns the port, one of `ports`.
 
     Raises HostError `no-port` when all are in use.
     """
@@ -55,7 +55,7 @@ async def export(qmp: Qmp, ip: str, ports: tuple[int, int], nodes: list[str]) ->
         try:
             await qmp.execute(
                 "nbd-server-start",
-                {"addr": {"type": "inet", "data": {"host": ip, "port": str(port)}}, "tls-creds": TLS_OBJECT},
+                {"addr": {"type": "inet", "data": _address(plan, port)}, "tls-creds": TLS_OBJECT},
             )
         except QmpRefused as error:
             if "in use" not in error.description:
@@ -67,7 +67,15 @@ async def export(qmp: Qmp, ip: str, ports: tuple[int, int], nodes: list[str]) ->
                 {"type": "nbd", "id": f"export-{node}", "node-name": node, "name": node, "writable": True},
             )
         return port
-    raise HostError("no-port", f"no port of {ports[0]}-{ports[1]} is free on {ip}", "widen migration_ports")
+    raise HostError(
+        "no-port", f"no port of {ports[0]}-{ports[1]} is free on {plan.target_address}", "widen migration_ports"
+    )
+
+
+def _address(plan: Plan, port: int) -> dict[str, object]:
+    """Return QEMU's InetSocketAddress of the exports; `mptcp` also takes connections without it."""
+    found: dict[str, object] = {"host": plan.target_address, "port": str(port)}
+    return {**found, "mptcp": True} if plan.more_networks else found
 
 
 async def unexport(qmp: Qmp) -> None:
@@ -316,7 +324,7 @@ async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None
         {
             "driver": "nbd",
             "node-name": TARGET + export_name,
-            "server": {"type": "inet", "host": plan.target_address, "port": str(port)},
+            "server": {"type": "inet", **_address(plan, port)},
             "export": export_name,
             "tls-creds": TLS_OBJECT,
             # Zeroes travel as a request, not as data, and stay holes at the target.

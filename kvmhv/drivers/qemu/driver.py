@@ -385,7 +385,7 @@ class Qemu(StorageMoves):
 
     async def _listen(self, instance: Instance, launch: Launch, plan: Plan, psk_hex: str) -> IncomingAddress:
         qmp, directory = instance.qmp, instance.directory
-        ip, ports = plan.target_address, self._config.migration_ports
+        ports = self._config.migration_ports
         await keys.add(qmp, directory, "server", psk_hex)
         await memory.set_capabilities(qmp, plan)
         await check_inactive(
@@ -402,5 +402,5 @@ class Qemu(StorageMoves):
                         open_layer(disk.name, index, len(disk.layers), layer.format, read_only=True, buffered=buffered)
                     )
         blocks.remember_sealing(directory, sealed)
-        disk_port = await blocks.export(qmp, ip, ports, nodes) if nodes else None
+        disk_port = await blocks.export(qmp, plan, ports, nodes) if nodes else None
         return IncomingAddress(memory_port=await memory.listen(qmp, plan, ports), disk_port=disk_port)

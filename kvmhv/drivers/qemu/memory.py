@@ -83,15 +83,20 @@ async def listen(qmp: Qmp, plan: Plan, ports: tuple[int, int]) -> int:
     """Target: wait for the source under the key; returns the port, one of `ports`. Raises HostError if none is free."""
     parameters = {"tls-creds": TLS_OBJECT, "tls-hostname": "", **channel_parameters(plan.channels)}
     await qmp.execute("migrate-set-parameters", parameters)
-    arguments: dict[str, object] = {"uri": f"tcp:{address(plan.target_address, ports[0])},to={ports[1]}"}
+    where = f"tcp:{address(plan.target_address, ports[0])},to={ports[1]}{_ways(plan)}"
+    arguments: dict[str, object] = {"uri": where}
     if qmp.version >= EXIT_ON_ERROR_SINCE:
         arguments["exit-on-error"] = False
     await qmp.execute("migrate-incoming", arguments)
     answer = await qmp.ask(Migration, "query-migrate")
-    for where in answer.socket_address:
-        if where.type == "inet" and where.port.isdecimal() and ports[0] <= int(where.port) <= ports[1]:
-            return int(where.port)
+    for listens in answer.socket_address:
+        if listens.type == "inet" and listens.port.isdecimal() and ports[0] <= int(listens.port) <= ports[1]:
+            return int(listens.port)
     raise HostError("qemu-error", f"QEMU does not say where it listens: {answer}", "see the VM's qemu.log")
+
+
+def _ways(plan: Plan) -> str:
+    return ",mptcp=on" if plan.more_networks else ""
 
 
 def measuring_bytes_per_s(touched_bytes: int, ratio: float = 1.0) -> int:
@@ -128,7 +133,7 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touche
             **throttle_parameters(plan),
         },
     )
-    await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}"})
+    await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}{_ways(plan)}"})
     for _ in range(int(HANDSHAKE_S / POLL_S)):
         status = (await stats(qmp, HANDSHAKE_S)).status
         if status == "lost":
