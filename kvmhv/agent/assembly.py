@@ -97,16 +97,7 @@ class Agent:
             peer=peer,
             journal=journal,
             clock=ground.clock,
-            inventories=Inventories(
-                config,
-                ground.host_id,
-                ground.settings,
-                self._host_vms,
-                ground.qemu,
-                disks,
-                ground.network,
-                ground.ways,
-            ),
+            inventories=_inventories(config, ground, self._host_vms),
             sharing=self._sharing,
             owners=self._owners,
             open_moves=self._open_moves,
@@ -240,6 +231,11 @@ class _Ground:
     disks: Storage
     network: LinuxNetwork
     ways: MptcpWays
+
+
+def _inventories(config: Config, ground: _Ground, vms: HostVms) -> Inventories:
+    network = ground.network, ground.ways
+    return Inventories(config, ground.host_id, ground.settings, vms, ground.qemu, ground.disks, *network)
 
 
 def _ground(config: Config) -> _Ground:

@@ -60,19 +60,15 @@ def make(
         )
     disk_bytes = sum(copy.used_bytes for copy in copies)
     channels = Channels() if vm.runtime else performance.choose(rule.performance, source, target, link_bytes_per_s)
+    ours = (*performance.capabilities(channels), *blackout.capabilities(rule))
+    capabilities = _of_runtime(vm, source, target) if vm.runtime else (*_capabilities(copies, source, target), *ours)
     seconds, memory_bytes = estimate(vm, rule, source, throughput_bytes_per_s, disk_bytes, channels)
     return Plan(
         mode=Mode.SHARED_NOTHING if copies else Mode.SHARED_STORAGE,
         rule=rule,
         source_address=here.ip,
         target_address=there.ip,
-        capabilities=_of_runtime(vm, source, target)
-        if vm.runtime
-        else (
-            *_capabilities(copies, source, target),
-            *performance.capabilities(channels),
-            *blackout.capabilities(rule),
-        ),
+        capabilities=capabilities,
         target_host=target.host,
         disk_copies=tuple(copies),
         target_vm=msgspec.structs.replace(vm, disks=tuple(disks), epoch=vm.epoch + 1),
@@ -80,7 +76,7 @@ def make(
         estimate_bytes=memory_bytes + disk_bytes,
         timeouts=timeouts,
         channels=channels,
-        more_networks=performance.more_networks(rule.performance, source, target),
+        more_networks=() if vm.runtime else performance.more_networks(rule.performance, source, target),
     )
 
 

@@ -13,7 +13,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from kvmhv.drivers.qemu.answers import Job
-from kvmhv.drivers.qemu.graph import Node, file_node, layer_node
+from kvmhv.drivers.qemu.graph import Node, file_node, inet_address, layer_node
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
 from kvmhv.drivers.qemu.nodes import node_names, top_nodes, used_bytes
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLost, QmpRefused
@@ -55,7 +55,7 @@ async def export(qmp: Qmp, plan: Plan, ports: tuple[int, int], nodes: list[str])
         try:
             await qmp.execute(
                 "nbd-server-start",
-                {"addr": {"type": "inet", "data": _address(plan, port)}, "tls-creds": TLS_OBJECT},
+                {"addr": {"type": "inet", "data": inet_address(plan, port)}, "tls-creds": TLS_OBJECT},
             )
         except QmpRefused as error:
             if "in use" not in error.description:
@@ -67,15 +67,8 @@ async def export(qmp: Qmp, plan: Plan, ports: tuple[int, int], nodes: list[str])
                 {"type": "nbd", "id": f"export-{node}", "node-name": node, "name": node, "writable": True},
             )
         return port
-    raise HostError(
-        "no-port", f"no port of {ports[0]}-{ports[1]} is free on {plan.target_address}", "widen migration_ports"
-    )
-
-
-def _address(plan: Plan, port: int) -> dict[str, object]:
-    """Return QEMU's InetSocketAddress of the exports; `mptcp` also takes connections without it."""
-    found: dict[str, object] = {"host": plan.target_address, "port": str(port)}
-    return {**found, "mptcp": True} if plan.more_networks else found
+    text = f"no port of {ports[0]}-{ports[1]} is free on {plan.target_address}"
+    raise HostError("no-port", text, "widen migration_ports")
 
 
 async def unexport(qmp: Qmp) -> None:
@@ -324,7 +317,7 @@ async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None
         {
             "driver": "nbd",
             "node-name": TARGET + export_name,
-            "server": {"type": "inet", **_address(plan, port)},
+            "server": {"type": "inet", **inet_address(plan, port)},
             "export": export_name,
             "tls-creds": TLS_OBJECT,
             # Zeroes travel as a request, not as data, and stay holes at the target.

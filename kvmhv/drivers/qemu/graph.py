@@ -11,7 +11,7 @@ At the target of a move the layers that are still to be copied are opened for wr
 them read only again once the VM runs there.
 """
 
-from kvmhv.model import Disk, DiskFormat, Layer
+from kvmhv.model import Disk, DiskFormat, Layer, Plan
 from kvmhv.places import DiskPlace, Lun, NfsImage
 
 Node = dict[str, object]
@@ -108,3 +108,9 @@ def disk_nodes(
             node["size"] = layer.size_bytes or disk.size_bytes  # the LUN may be larger
         nodes.append(node)
     return nodes
+
+
+def inet_address(plan: Plan, port: int) -> dict[str, object]:
+    """Return QEMU's InetSocketAddress of the target's exports; `mptcp` also takes connections without it."""
+    found: dict[str, object] = {"host": plan.target_address, "port": str(port)}
+    return {**found, "mptcp": True} if plan.more_networks else found
