@@ -183,7 +183,7 @@ async def test_moves(make_host: Any, move_report: Any) -> None:
     async with host.local() as local:
         request = {"vm": "web01", "target": "host2"}
         async with local.post("/v1/vms/web01/check", json=request) as response:
-            assert await response.json() == {"findings": [], "plan": None}
+            assert await response.json() == {"findings": [], "plan": None, "refused": False}
         async with local.post("/v1/vms/web01/move", json=request) as response:
             assert (response.status, (await response.json())["id"]) == (202, "m1")
         disks = {"vm": "web01", "location": "nfs", "disks": ["disk0"]}
