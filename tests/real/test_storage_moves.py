@@ -62,9 +62,9 @@ class Site:
     def add(self, side: Side, name: str, kind: str, share: str | None = None) -> None:
         side.kvmhv(*self.command(side, name, kind, share))
 
-    def disk(self, kind: str, disk_format: str) -> str:
+    def disk(self, kind: str, disk_format: str, size: str = "48M") -> str:
         lun = f",lun={DISK_LUNS[0]}" if kind == "iscsi" else ""
-        return f"size=48M,location={kind},format={disk_format}{lun}"
+        return f"size={size},location={kind},format={disk_format}{lun}"
 
     def copy_of_the_server(self, kind: str, disk_format: str) -> Path:
         own = f"iscsi/disk{DISK_LUNS[0]}.img" if kind == "iscsi" else f"{kind}/web01/disk0.{disk_format}"
@@ -145,11 +145,11 @@ class Writer:
 
 
 @contextmanager
-def writing(site: Site, kind: str, disk_format: str) -> Iterator[Writer]:
+def writing(site: Site, kind: str, disk_format: str, size: str = "48M") -> Iterator[Writer]:
     """A guest at work on a server's disk; at the end every acknowledged write is looked up."""
     writer = Writer(site)
     try:
-        with site.vm(site.disk(kind, disk_format), image="writes"):
+        with site.vm(site.disk(kind, disk_format, size), image="writes"):
             until("the guest writes", lambda: writer.acknowledged() > 5)
             yield writer
             for side in (site.a, site.b):
@@ -253,6 +253,23 @@ def test_a_disk_changes_its_location_while_the_vm_moves(site: Site) -> None:
         writer.goes_on()
         move(site.b, site.a, "--include-storage", "--storage", "smb")
         assert site.files("nfs") == []
+        writer.goes_on()
+
+
+@pytest.mark.parametrize("disk_format", ["raw"])
+def test_a_disk_goes_round_all_kinds_of_places_under_a_writing_guest(site: Site, disk_format: str) -> None:
+    with writing(site, "nfs", disk_format, "16M") as writer:
+        for place in ("smb", "default", "iscsi", "default", "nfs"):
+            lun = ("--lun", str(DISK_LUNS[0])) if place == "iscsi" else ()
+            done = site.a.run("vm", "move-storage", "web01", "--to", place, *lun)
+            assert (done.status, done.json["outcome"], done.json["warnings"]) == (0, "done", []), done
+            writer.goes_on()
+            (disk,) = site.a.show()["vm"]["disks"]
+            assert (disk["layers"][0]["location"], disk["size_bytes"]) == (place, 16 << 20)
+            files = {kind: [f"web01/disk0.{disk_format}", f"web01/disk0.{disk_format}.owner"] for kind in (place,)}
+            assert [name for name in site.files("smb") if name != "web01"] == files.get("smb", [])
+            assert [name for name in site.files("nfs") if name != "web01"] == files.get("nfs", [])
+        move(site.a, site.b)
         writer.goes_on()
 
 
