@@ -104,10 +104,13 @@ class Link:
                 log.warning("peer broke the protocol", peer=connection.peer_name, error=str(caught))
         finally:
             await connection.close()
-            if conversation in self._conversations:
+            stood = conversation in self._conversations
+            if stood:
                 self._conversations.remove(conversation)
             if not self.connected:
                 self._on_lost(error)
+            elif stood:  # its last words may be lost: they are said again on the connection that is left
+                self._on_connected()
 
     def _greeted(self, conversation: "_Conversation") -> None:
         self._conversations.append(conversation)

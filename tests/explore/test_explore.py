@@ -18,10 +18,10 @@ QUICK = int(os.environ.get("KVMHV_SIM_MOVES", "50000")) < 1000
 BOUNDS = (
     Bounds(faults=1, slow=0, disks=0),
     Bounds(faults=1, slow=0, disks=1),
-    Bounds(faults=2, slow=0, disks=0, kinds=frozenset({"kill", "host"})),
+    Bounds(faults=2, slow=0, disks=0),
     Bounds(faults=3, slow=0, disks=0, kinds=frozenset({"cut", "host"})),
     Bounds(faults=1, slow=1, disks=0, kinds=frozenset({"cut"})),
-    Bounds(faults=1, slow=0, disks=0, moves=2, kinds=frozenset({"kill", "cut", "dup"})),
+    Bounds(faults=1, slow=0, disks=1, moves=2),
     Bounds(faults=2, slow=0, disks=1, kinds=frozenset({"host"})),
 )
 

@@ -248,6 +248,9 @@ class Runner:
         """A connection has ended, perhaps before it was greeted."""
         if end in self.ends:
             self.ends.remove(end)
+            if self.ends:  # as agent/link.py: the last words may be lost
+                with self.agent.guarded():
+                    self.put(facts.PeerConnected(at_ms=self.agent.machine.clock_ms))
         if not self.ends:
             with self.agent.guarded():
                 self.put(facts.PeerLost(at_ms=self.agent.machine.clock_ms, error=LOST))

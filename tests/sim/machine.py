@@ -284,14 +284,25 @@ class Machine:
         """The migration ends without success."""
         if qemu.migration not in ACTIVE:
             return
+        sent, acknowledged = qemu.migration == "device", self.truth.acknowledged
         qemu.migration, qemu.hangs = status, False
         if qemu.status == "finish":
             qemu.status = "paused"
             self.run()
         qemu.say("FAILED")
         there = self.other.qemu
-        if there is not None and there.status == "inmigrate" and there.migration == "":
+        if there is None or there.status != "inmigrate" or there.migration != "":
+            return
+        if sent and self.kernel.rng.random() < 0.5:  # all of it was on its way: it arrives, though the source gave up
+            self.kernel.after(5, lambda: self._load_late(there, acknowledged))
+        else:
             self.kernel.after(5, lambda: self._fail_incoming(there))
+
+    def _load_late(self, there: Qemu, acknowledged: int) -> None:
+        if there.alive and there.migration == "" and there.status == "inmigrate":
+            there.status, there.migration = "paused", "completed"
+            there.fresh = acknowledged == self.truth.acknowledged
+            there.say("COMPLETED")
 
     def _fail_incoming(self, there: Qemu) -> None:
         if there.alive and there.migration == "" and there.status == "inmigrate":
@@ -322,7 +333,7 @@ class Machine:
         qemu.say("GONE")
         qemu.alive = False
         here = self.other.qemu
-        if here is not None and here.migration in ("active", "pre-switchover", "device"):
+        if here is not None and here.migration in ("active", "device"):  # before the switchover it does not look
             delay_ms = self.kernel.some_ms(1, 50)
             self.kernel.after(delay_ms, lambda: self.other.fail(here) if here.alive and self.network_up() else None)
         if here is not None and here.status == "inmigrate":

@@ -65,6 +65,11 @@ def _without_journal(right: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
+def test_what_was_lost_with_one_of_two_connections_is_said_again() -> None:
+    """This seed stood still for ever: its Grant was lost, and the other connection was there all the time."""
+    assert World(10_042_240).run().stood_still == 0
+
+
 def test_words_of_another_move_do_no_harm() -> None:
     """These seeds ran the VM twice when a failed move's Refused could be said again in the next one."""
     for seed in (701027, 702175, 704057):
