@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from kvmhv.drivers.qemu.graph import disk_nodes, secret_id
+from kvmhv.drivers.qemu.graph import Node, disk_nodes, layer_node, open_layer, secret_id
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.errors import CallerError
 from kvmhv.model import DEFAULT_CPU, Accel, Struct, Vm
@@ -201,3 +201,16 @@ def _kernel(launch: Launch) -> list[tuple[str, str]]:
         pairs.append(("-initrd", str(initrd)))
     pairs.append(("-append", launch.vm.kernel.append))
     return pairs
+
+
+def arriving_nodes(launch: Launch) -> tuple[list[str], list[Node]]:
+    """Return the nodes that a move writes, and those of them that are read only once it is over, as they are then."""
+    nodes, sealed = [], []
+    for disk in launch.vm.disks:
+        for index in range(launch.arriving.get(disk.name, 0)):
+            nodes.append(layer_node(disk.name, index))
+            if index:
+                buffered = launch.disk_paths[disk.name][index] in launch.buffered
+                form = disk.layers[index].format
+                sealed.append(open_layer(disk.name, index, len(disk.layers), form, read_only=True, buffered=buffered))
+    return nodes, sealed

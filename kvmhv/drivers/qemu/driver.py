@@ -21,7 +21,7 @@ from kvmhv.drivers.qemu import (
 )
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
-from kvmhv.drivers.qemu.graph import layer_node, open_layer
+from kvmhv.drivers.qemu.graph import layer_node
 from kvmhv.drivers.qemu.instance import Instance, marks
 from kvmhv.drivers.qemu.nodes import check_inactive, top_nodes, used_bytes
 from kvmhv.drivers.qemu.qmp import QmpLost
@@ -391,16 +391,7 @@ class Qemu(StorageMoves):
         await check_inactive(
             qmp, {layer_node(disk.name, 0) for disk in launch.vm.disks if not launch.arriving.get(disk.name)}
         )
-        nodes, sealed = [], []
-        for disk in launch.vm.disks:
-            for index in range(launch.arriving.get(disk.name, 0)):
-                nodes.append(layer_node(disk.name, index))
-                if index:
-                    buffered = launch.disk_paths[disk.name][index] in launch.buffered
-                    layer = disk.layers[index]
-                    sealed.append(
-                        open_layer(disk.name, index, len(disk.layers), layer.format, read_only=True, buffered=buffered)
-                    )
+        nodes, sealed = argv.arriving_nodes(launch)
         blocks.remember_sealing(directory, sealed)
         disk_port = await blocks.export(qmp, plan, ports, nodes) if nodes else None
         return IncomingAddress(memory_port=await memory.listen(qmp, plan, ports), disk_port=disk_port)
