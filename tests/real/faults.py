@@ -87,6 +87,33 @@ def _qemus_frozen(name: str) -> Callable[[Stage], None]:
     return strike
 
 
+def _migration_cut(stage: Stage) -> None:
+    stage.b.host.cut("migration")
+    stage.go_on()
+    _noticed(stage, stage.a)
+    stage.b.host.mend("migration")
+
+
+def _control_cut(stage: Stage) -> None:
+    """For so long that the target gives up what it has not whole."""
+    stage.b.host.cut("management")
+    stage.release(stage.b)
+    _noticed(stage, stage.b)
+    stage.go_on()
+    stage.b.host.mend("management")
+
+
+def _connections_broken(which: int) -> Callable[[Stage], None]:
+    def strike(stage: Stage) -> None:
+        for player in stage.players:
+            assert stage.break_connections(player, which), f"{player.name} has no such connection"
+        stage.go_on()
+
+    return strike
+
+
+MEMORY, DISK = 0, 1
+
 FAULTS: dict[str, Callable[[Stage], None]] = {
     "source agent killed": _agents_killed("a"),
     "target agent killed": _agents_killed("b"),
@@ -101,4 +128,8 @@ FAULTS: dict[str, Callable[[Stage], None]] = {
     "target QEMU frozen": _qemus_frozen("b"),
     "source host frozen": _host_frozen("a", "b"),
     "target host frozen": _host_frozen("b", "a"),
+    "control cable cut": _control_cut,
+    "migration cable cut": _migration_cut,
+    "memory link broken": _connections_broken(MEMORY),
+    "disk link broken": _connections_broken(DISK),
 }

@@ -13,8 +13,6 @@ CONFIG = "/etc/kvmhv/held.toml"
 LAUNCHER = "/usr/local/bin/kvmhv"
 KEPT = f"{LAUNCHER}.kept"
 HASTY = """
-[locations]
-small = "/var/lib/kvmhv-small"
 [limits]
 qmp_timeout_s = 3.0
 [timeouts]
@@ -42,7 +40,7 @@ def held_agents(lab: Lab) -> Iterator[None]:
     for name in AGENT_HOSTS:
         host = lab.host(name)
         host.agent_stop()
-        host.exec(["sh", "-c", f"mkdir -p /var/lib/kvmhv-small; cat > {CONFIG}"], text=_config(lab, name))
+        host.exec(["sh", "-c", f"cat > {CONFIG}"], text=_config(lab, name))
         host.exec(["sh", "-c", f"cat > {PROGRAM}"], text=Path(__file__).with_name("held_agent.py").read_text())
         host.exec(["mv", LAUNCHER, KEPT])
         host.exec(["sh", "-c", f"cat > {LAUNCHER}; chmod 755 {LAUNCHER}"], text=IN_ITS_PLACE)

@@ -4,14 +4,18 @@ A fault that hits a host or an agent then hits every phase in one blow; a fault 
 dealt to each VM. Where a move is held is exact (held_agent.py): nothing here is placed by waiting for a time.
 """
 
+import ctypes
+import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmhv.drivers.qemu.process import PIDFD_GETFD
 from kvmhv.errors import CallerError, KvmhvError
 from kvmhv.lab import oracle, processes
 from kvmhv.lab.guest_images import GuestImages, write_boot_guest
@@ -69,8 +73,6 @@ class Stage:
 
     def __init__(self, lab: Lab, images: GuestImages, phases: Iterable[str]) -> None:
         self.lab = lab
-        self.storage: str | None = None
-        """The location at the target; None: where the disks were."""
         self.a, self.b = Side(lab.host("host1")), Side(lab.host("host2"))
         self.sides = (self.a, self.b)
         self.witness = Witness(lab, (self.a.name, self.b.name))
@@ -122,6 +124,12 @@ class Stage:
         if pid is not None:
             os.kill(pid, number)
 
+    def break_connections(self, player: Player, which: int) -> int:
+        """Break the memory (0) or the disk (1) connections of a move, as seen from its source; returns how many."""
+        peer = json.loads((run_dir(self.lab.name, self.a.name) / "vm" / player.id / "peer.json").read_text())
+        pid = self.qemu(self.a, player)
+        return break_tcp(pid, peer["ports"][which]) if pid is not None else 0
+
     # ---- the play
 
     def enter(self) -> None:
@@ -153,7 +161,7 @@ class Stage:
         """Begin a player's move."""
         body: dict[str, object] = {"vm": player.name, "target": target.name, "include_storage": True}
         if slow:
-            body |= {"storage": self.storage, **SLOW}
+            body |= SLOW
         player.move = self.call(source, "POST", f"vms/{player.name}/move", body)["id"]
 
     def set_out(self) -> None:
@@ -287,3 +295,28 @@ def _arguments(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return []
+
+
+def break_tcp(pid: int, port: int) -> int:
+    """Shut down a process's TCP connections to a port, from outside; returns how many there were."""
+    found = 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            if not str(entry.readlink()).startswith("socket:"):
+                continue
+            with socket.socket(fileno=libc.syscall(PIDFD_GETFD, pidfd, int(entry.name), 0)) as one:
+                if one.family == socket.AF_INET and _peer_port(one) == port:
+                    one.shutdown(socket.SHUT_RDWR)
+                    found += 1
+    finally:
+        os.close(pidfd)
+    return found
+
+
+def _peer_port(one: socket.socket) -> int:
+    try:
+        return int(one.getpeername()[1])
+    except OSError:
+        return 0

@@ -61,6 +61,19 @@ def test_the_targets_agent_goes_away_for_good(busy: Pair) -> None:
         busy.b.host.agent_start()
 
 
+def test_the_targets_disk_becomes_full(busy: Pair) -> None:
+    busy.b.sh("mount -t tmpfs -o size=16M small /var/lib/kvmhv-small")
+    try:
+        with comes_to_nothing(busy), busy.a.slow_network("8mbit"):
+            move_id = busy.a.begin(busy.b, "--storage", "small")
+            busy.a.reaches(move_id, "storage", lambda report: report["storage_copied_bytes"] > MIB)
+            busy.b.sh("head -c 20M /dev/zero > /var/lib/kvmhv-small/full || true")
+            failed(busy.a.wait(move_id), "mirror-failed", "disk2", "No space left")
+            busy.b.sh('rm /var/lib/kvmhv-small/full; test -z "$(find /var/lib/kvmhv-small -type f)"')
+    finally:
+        busy.b.sh("umount /var/lib/kvmhv-small")
+
+
 def test_a_disk_that_does_not_fit_is_found_before_anything_is_copied(busy: Pair) -> None:
     busy.b.sh("mount -t tmpfs -o size=4M small /var/lib/kvmhv-small")
     try:
