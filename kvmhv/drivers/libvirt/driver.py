@@ -42,6 +42,7 @@ SUSPENDED, RESUMED, STARTED, STOPPED = 3, 4, 2, 5
 """virDomainEventType."""
 EVENTS = {SUSPENDED: "STOP", RESUMED: "RESUME", STOPPED: "GONE"}
 LOOK_S = 5.0
+AGAIN_S = 0.5
 POLL_S = 0.1
 
 
@@ -58,6 +59,8 @@ class Libvirt:
         self._connection = Connection(config.libvirt.uri, told)
         self._known: dict[str, VmSummary] = {}
         self._sinks: list[EventSink] = []
+        self._looks: dict[str, int] = {}
+        """How often each domain was looked at: answers may come in another order."""
         self._refreshing: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -132,13 +135,22 @@ class Libvirt:
             for sink in self._sinks:
                 sink(event)
         if event is None or event.name != "MIGRATION_PASS":
-            task = asyncio.create_task(self._refresh(vm_id), name=f"look at {vm_id}")
+            task = asyncio.create_task(self._refresh_twice(vm_id), name=f"look at {vm_id}")
             self._refreshing.add(task)
             task.add_done_callback(self._refreshing.discard)
 
+    async def _refresh_twice(self, vm_id: str) -> None:
+        """libvirt says that a domain has stopped a moment before it is gone, and nothing after it."""
+        await self._refresh(vm_id)
+        await asyncio.sleep(AGAIN_S)
+        await self._refresh(vm_id)
+
     async def _refresh(self, vm_id: str) -> None:
+        number = self._looks[vm_id] = self._looks.get(vm_id, 0) + 1
         with contextlib.suppress(HostError):
             found = await self._connection.call("a domain", lambda connection: self._find(connection, vm_id))
+            if self._looks[vm_id] != number:
+                return  # a later look has the newer answer
             if found is None:
                 self._known.pop(vm_id, None)
             else:
