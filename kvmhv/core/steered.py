@@ -172,8 +172,7 @@ def _handed(state: SourceState, fact: facts.Fact) -> Result:
     """The program's move has ended; where the VM is now both sides are to say."""
     assert isinstance(fact, facts.Handed)
     if state.failure is None and fact.error is not None:
-        said = fact.error
-        state = update(state, failure=failed_body(state, said.code, said.message, said.todo, said.host or state.source))
+        state = update(state, failure=fact.error)
     return conclude(state, fact.at_ms)
 
 

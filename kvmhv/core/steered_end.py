@@ -5,6 +5,8 @@ whereabouts.py says which. What only time can confirm (both stand still, or are 
 
 from collections.abc import Callable
 
+import msgspec
+
 from kvmhv.core import facts, handover, source_undo
 from kvmhv.core.effects import (
     ClearTimer,
@@ -102,7 +104,10 @@ def _stays(state: SourceState, at_ms: float) -> Result:
         text = f"{state.vm.name} did not get to {state.target}"
         error = failed_body(state, "libvirt-move", text, f"see {state.vm.runtime}'s log there", state.target)
         state = update(state, failure=error)
-    return say_again(state)
+    assert state.failure is not None
+    text = state.failure.message.removesuffix(f"; the VM runs on {state.source}")  # proved only now
+    error = msgspec.structs.replace(state.failure, message=f"{text}; the VM runs on {state.source}")
+    return say_again(update(state, failure=error))
 
 
 def _resume(state: SourceState, at_ms: float) -> Result:
