@@ -41,8 +41,7 @@ SLOW_TO_FIND = (
 HUNTS = (
     Bounds(faults=1, slow=0, disks=0),
     Bounds(faults=1, slow=0, disks=1),
-    Bounds(faults=2, slow=0, disks=1, kinds=frozenset({"host"})),
-    Bounds(faults=2, slow=0, disks=0, kinds=frozenset({"qemu", "host"})),
+    Bounds(faults=2, slow=0, disks=1, kinds=frozenset({"qemu", "host"})),
     Bounds(faults=0, slow=1, disks=0),
     Bounds(faults=1, slow=1, disks=0, kinds=frozenset({"cut"})),
 )
