@@ -188,6 +188,8 @@ class World:
                 self.kernel.tell("FAULT", f"{self.single.kind} of {self.single.host}; {agent.machine.name} is {text}")
                 if self.single.kind in ("agent", "host", "both"):
                     self.fault(self.single.kind, self.single.host)
+                elif self.single.kind == "fail":  # `fails` breaks the effect
+                    self.ledger.fault("fail")
                 else:  # an agent notices it after the effects that it is at
                     self.kernel.after(0, partial(self.fault, self.single.kind, self.single.host))
             return
