@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from kvmhv.core import effects as ef
-from kvmhv.core import facts, target
+from kvmhv.core import facts, target, target_undo
 from kvmhv.core.effects import Effect, Finish, Send
 from kvmhv.core.handover import TargetHold, TargetRight
 from kvmhv.core.target_state import TargetState, TargetStep
@@ -173,6 +173,15 @@ def test_what_is_being_prepared_is_taken_back_when_it_is_known(answer: facts.Fac
     assert ef.UndoTarget in driven.told(answer).kinds()
     assert driven.told(READY).effects == []
     assert driven.told(facts.Undone(at_ms=2)).final().outcome is Outcome.FAILED
+
+
+def test_what_cannot_be_taken_back_is_tried_again_before_it_is_a_warning() -> None:
+    driven = waiting().hears(Abort(epoch=1, error=CANCELLED))
+    failed = facts.Failed(at_ms=2, effect="UndoTarget", error=ERROR)
+    for _ in range(target_undo.UNDO_TRIES - 1):
+        assert driven.told(failed).kinds() == [ef.SetTimer]
+        assert driven.told(facts.TimerFired(at_ms=3, name="step")).kinds() == [ef.UndoTarget, ef.SetTimer]
+    assert driven.told(failed).final().warnings == (ERROR.message,)
 
 
 def test_a_prepare_that_fails_is_undone_at_once() -> None:

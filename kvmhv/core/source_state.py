@@ -139,6 +139,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     undone: bool = False
     """The undo was tried, so the guest may go on."""
     undo_tries: int = 0
+    between_tries: bool = False
+    """Taking back failed, and its step's timer counts the pause until it is tried again."""
     stuck: ErrorBody | None = None
     """Why the guest does not go on here, while that is tried again."""
     cleared: bool = False

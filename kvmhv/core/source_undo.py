@@ -138,7 +138,9 @@ def undo_too_long(state: SourceState, fact: facts.Fact) -> Result:
         warning = f"{state.target} has not confirmed that it has taken everything back"
         failure = state.failure
         return end(update(state, warnings=(*state.warnings, warning)), fact.at_ms, state.outcome, failure)
-    state = update(_count_try(state, "QEMU did not answer while the move was taken back"), undone=True)
+    if not state.between_tries:  # else the try that failed has been counted
+        state = _count_try(state, "QEMU did not answer while the move was taken back")
+    state = update(state, undone=True, between_tries=False)
     effects: list[Effect] = [SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)]
     if not state.cleared:
         effects.append(UndoSource(timeout_s=state.timeouts.undo_s / 2))
@@ -179,7 +181,7 @@ def undo_failed(state: SourceState, fact: facts.Fact) -> Result:
     if fact.effect != UndoSource.__name__:
         return state, []
     first = not state.undone
-    state = update(_count_try(state, fact.error.message), undone=True)
+    state = update(_count_try(state, fact.error.message), undone=True, between_tries=True)
     after, effects = _resume(state, fact.at_ms) if first else _end_when_undone(state, fact.at_ms)
     if after.step is SourceStep.UNDOING and not state.cleared:
         effects.append(SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s / 10))

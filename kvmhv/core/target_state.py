@@ -45,6 +45,8 @@ class TargetState(Struct, frozen=True, kw_only=True):
     preparing: bool = False
     """Prepare is under way: what it makes can only be taken back when it has answered."""
     undo_tries: int = 0
+    between_tries: bool = False
+    """Taking back failed, and its step's timer counts the pause until it is tried again."""
     stuck: ErrorBody | None = None
     """Why it cannot be taken back, while that is tried again."""
     address: IncomingAddress | None = None

@@ -39,7 +39,7 @@ def undo_failed(state: TargetState, fact: facts.Fact) -> Result:
         return prepared_in_vain(state, fact)
     if fact.effect != UndoTarget.__name__:
         return state, []
-    state = update(state, undo_tries=state.undo_tries + 1)
+    state = update(state, undo_tries=state.undo_tries + 1, between_tries=True)
     if state.undo_tries < UNDO_TRIES or fact.error.code == UNKILLABLE:
         tell: list[Effect] = [NeedOperator(error=fact.error)] if state.undo_tries == UNDO_TRIES else []
         state = update(state, stuck=fact.error) if state.undo_tries >= UNDO_TRIES else state
@@ -49,12 +49,14 @@ def undo_failed(state: TargetState, fact: facts.Fact) -> Result:
 
 def undo_again(state: TargetState, fact: facts.Fact) -> Result:
     """Until its QEMU is surely gone the refusal may not be said."""
-    state = update(state, preparing=False)
+    state = update(state, preparing=False, between_tries=False)
     return state, [UndoTarget(plan=state.plan), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
 
 
 def undo_too_long(state: TargetState, fact: facts.Fact) -> Result:
     """Nothing answers: tried again for as long as it takes, and the operator hears of it."""
+    if state.between_tries:
+        return undo_again(state, fact)
     after, effects = undo_again(update(state, undo_tries=state.undo_tries + 1), fact)
     if after.undo_tries != UNDO_TRIES:
         return after, effects
