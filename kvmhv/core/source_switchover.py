@@ -159,11 +159,13 @@ def _is_proof(state: SourceState, epoch: int) -> bool:
 
 def _yield(state: SourceState, at_ms: float) -> Result:
     """The target runs it: from here on nothing can bring the VM back to this host but another move."""
+    stood = state.outcome is Outcome.NEEDS_OPERATOR  # then the target may have said that it cannot tell
     hold = handover.yield_copy(state.hold, state.hold.epoch)
     state = update(state, hold=hold, outcome=Outcome.RUNNING, failure=None)
     state = state.begin_phase(Phase.CLEANUP, state.resumed_ms or at_ms)
     after, effects = enter(state, SourceStep.CLEANUP, state.timeouts.undo_s)
-    return after, [Journal(), *effects, EndCopy()]
+    tell: list[Effect] = [Send(message=proof(state))] if stood else []
+    return after, [Journal(), *effects, EndCopy(), *tell]
 
 
 # --- clean-up
@@ -255,7 +257,7 @@ def cleanup_too_long(state: SourceState, fact: facts.Fact) -> Result:
         exit_status=5,
     )
     timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
-    again = [] if state.copy_ended else [EndCopy()]
+    again = [Send(message=proof(state)), *([] if state.copy_ended else [EndCopy()])]
     return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [*again, timer, NeedOperator(error=error)]
 
 

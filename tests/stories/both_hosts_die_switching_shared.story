@@ -94,7 +94,11 @@ settling/owns: journal on disk, timer step 90 s, say Owned
 deliver
 ----
 source hears Owned
-  cleanup/yielded: journal on disk, timer step 60 s, EndCopy
+  cleanup/yielded: journal on disk, timer step 60 s, EndCopy, say Grant(sent=true ran=true)
+target hears Grant
+  settling/owns: say Owned
+source hears Owned
+  cleanup/yielded: nothing
 
 source copy-ended
 ----

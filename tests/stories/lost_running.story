@@ -125,9 +125,15 @@ target hears MirrorsEnded
 target hears Grant
   settling/owns: say Running, say Owned
 source hears Running
-  cleanup/yielded: journal on disk, timer step 60 s, EndCopy
+  cleanup/yielded: journal on disk, timer step 60 s, EndCopy, say Grant(sent=true ran=true)
 source hears Owned
   cleanup/yielded: nothing
+source hears Running
+  cleanup/yielded: nothing
+source hears Owned
+  cleanup/yielded: nothing
+target hears Grant
+  settling/owns: say Running, say Owned
 source hears Running
   cleanup/yielded: nothing
 source hears Owned
