@@ -68,7 +68,7 @@ def test_settings_of_either_host_refuse(pair: Pair, side: str, setting: str, val
         pair.a.kvmhv("vm", "create", "web02", "--memory", "32M", "--disk", "size=1M", "--start")
         refused(pair.a.move(pair.b, vm="web02"), 4, code, refuser.name, f"migration.{setting}")
         checked = pair.a.run("vm", "check", "web02", "--to", "host2", "--include-storage")
-        assert checked.status == 3, checked
+        assert checked.status == 4, checked
         (finding,) = checked.json["findings"]
         assert (finding["id"], finding["host"]) == (code, refuser.name), checked
     assert pair.a.show()["pid"] == pid

@@ -99,7 +99,7 @@ def test_a_vm_runs_and_is_shown(booted: Host) -> None:
     assert shown["qemu_version"].startswith("10.")
     (listed,) = booted.kvmhv("vm", "list")
     expected = {"name": "web01", "id": shown["vm"]["id"], "state": "running", "host": "host1", "memory_bytes": 32 << 20}
-    assert listed == {**expected, "cpus": 1}
+    assert listed == {**expected, "cpus": 1, "runtime": ""}
     assert booted.sh("ls /var/lib/kvmhv/disks/web01").split() == ["disk0.raw"]
     (tap,) = booted.left()["taps"]
     assert "master lan" in booted.sh(f"ip link show {tap}")

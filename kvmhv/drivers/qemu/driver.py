@@ -375,8 +375,8 @@ class Qemu(StorageMoves):
             return instance
         status, tail = instance.process.exit_status, launch.directory.log_tail()
         await asyncio.shield(self._give_up(vm.id))
-        why = f"ended with status {status}" if status is not None else "does not answer; does the storage of its disks?"
-        raise HostError("qemu-start", f"{vm.name}: QEMU {why} {tail}", "mend what QEMU says and start it again")
+        why = "does not answer; do its disks' servers?" if status is None else f"ended with status {status}: {tail}"
+        raise HostError("qemu-start", f"{vm.name}: QEMU {why}", "mend what QEMU says and start it again")
 
     async def _give_up(self, vm_id: str) -> None:
         """End a QEMU that is of no use, without GONE: the caller is told why by an error, which says more."""
