@@ -289,6 +289,16 @@ def test_an_undo_that_fails_lets_the_guest_go_on_and_is_tried_again() -> None:
     assert (final.outcome, final.warnings) == (Outcome.CANCELLED, ("it broke",))
 
 
+def test_as_long_as_the_guest_stands_still_the_taking_back_is_not_given_up() -> None:
+    driven = at(S.STOPPING).told(facts.CancelRequested(at_ms=50, caller="x"))
+    for _ in range(2 * UNDO_TRIES):
+        driven.told(facts.Failed(at_ms=51, effect="UndoSource", error=ERROR))
+        assert ef.UndoSource in driven.told(facts.TimerFired(at_ms=60, name="step")).kinds()
+        driven.told(facts.Failed(at_ms=61, effect="Cont", error=ERROR))
+    driven.told(facts.Undone(at_ms=70), facts.GuestRuns(at_ms=71, resumed_ms=71)).hears(Refused(epoch=1, error=ERROR))
+    assert driven.final().outcome is Outcome.CANCELLED
+
+
 def test_a_guest_that_does_not_go_on_is_told_and_tried_again() -> None:
     driven = at(S.STOPPING).told(facts.CancelRequested(at_ms=50, caller="x"), facts.Undone(at_ms=51))
     driven.told(facts.Failed(at_ms=52, effect="Cont", error=ERROR)).hears(Unknown(epoch=1, error=ERROR))

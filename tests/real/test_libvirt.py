@@ -199,7 +199,8 @@ def test_there_and_back_nothing_of_a_definition_is_lost(site: Site) -> None:
     before = definition(site.a, "web01")
     assert "do not lose this" in before
     assert "secret12" in before
-    report = site.moved(site.a, site.b)
+    with site.a.slow_network("200mbit"):
+        report = site.moved(site.a, site.b)
     site.works(site.b)
     assert definition(site.b, "web01") == before
     assert site.a.sh(f"ls {IMAGES}") == "media.iso\n"

@@ -81,7 +81,7 @@ def test_a_move_takes_all_networks_at_once_and_leaves_nothing_of_that(pair: Pair
     """Both carry a good share; the management network is the second one here."""
     before = [side.sh("ip mptcp endpoint; ip mptcp limits") for side in pair.sides]
     subnets = ",".join(f"{ip.rsplit('.', 1)[0]}.0/24" for ip in list(pair.a.host.plan.addresses.values())[:2])
-    pair.boot(working_set_bytes=64 * MIB, rate_bytes_per_s=1 * MIB, memory="96M")
+    pair.boot(working_set_bytes=64 * MIB, rate_bytes_per_s=8 * MIB, memory="96M")
     with ExitStack() as settings:
         for side in pair.sides:
             settings.enter_context(side.settings(networks=subnets))
