@@ -16,11 +16,11 @@ HASTY = """
 [limits]
 qmp_timeout_s = 3.0
 [timeouts]
-answer_s = 8.0
-prepare_s = 20.0
+answer_s = 15.0
+prepare_s = 40.0
 memory_idle_s = 8.0
 storage_idle_s = 8.0
-switchover_s = 10.0
+switchover_s = 20.0
 grant_s = 6.0
 reconnect_s = 8.0
 undo_s = 10.0
