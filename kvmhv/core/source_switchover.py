@@ -257,7 +257,7 @@ def cleanup_too_long(state: SourceState, fact: facts.Fact) -> Result:
         exit_status=5,
     )
     timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
-    again = [Send(message=proof(state)), *([] if state.copy_ended else [EndCopy()])]
+    again = [] if state.copy_ended else [EndCopy()]
     return update(state, outcome=Outcome.NEEDS_OPERATOR, failure=error), [*again, timer, NeedOperator(error=error)]
 
 
