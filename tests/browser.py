@@ -95,7 +95,7 @@ class Browser:
 @contextmanager
 def browser(*flags: str, prefix: Sequence[str] = (), port: int | None = None) -> Iterator[Browser]:
     """Start a browser with an empty profile; nothing of it is left afterwards."""
-    assert DRIVER is not None
+    assert DRIVER is not None, "there is no chromedriver: script/setup --dev installs it"
     with tempfile.TemporaryDirectory() as profile:
         number = port or _free_port()
         command = [*prefix, DRIVER, f"--port={number}", "--log-level=OFF"]

@@ -8,12 +8,9 @@ import msgspec
 import pytest
 
 from kvmhv.model import ErrorBody, Estimate, Mode, Outcome, Pass, Phase, Switchover
-from tests.browser import DRIVER, Browser, browser
+from tests.browser import Browser, browser
 
-pytestmark = [
-    pytest.mark.skipif(DRIVER is None, reason="needs chromium-driver (script/setup --dev installs it)"),
-    pytest.mark.timeout(180),
-]
+pytestmark = pytest.mark.timeout(180)
 
 MIB = 1024**2
 ENTER, TAB = "\ue007", "\ue004"

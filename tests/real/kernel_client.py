@@ -22,6 +22,7 @@ from kvmhv.drivers.storage.volumes import DirectoryVolume
 from kvmhv.model import LocationKind, LocationSpec
 
 BLOCK = 4096
+CREDENTIALS = Path.cwd() / "credentials"
 AWAY_S = 5.0
 """A write that took longer has waited for a server."""
 AFTERWARDS = 20
@@ -65,7 +66,7 @@ def records(root: Path) -> list[object]:
 async def mounted(spec: LocationSpec) -> Path:
     root = Path("/mnt") / spec.name
     able = mounts.kernel_can(spec.kind)
-    await mounts.mount_with_kernel(spec, root, Path("/work/credentials"))
+    await mounts.mount_with_kernel(spec, root, CREDENTIALS)
     found = mounts.mount_of(root)
     assert found is not None
     unsafe = mounts.unsafe_options(found)
@@ -111,15 +112,15 @@ def write_on(name: str, root: Path) -> None:
 
 
 def main() -> None:
-    told = json.loads(Path("/work/told.json").read_text())
-    Path("/work/credentials").write_text(f"username={told['user']}\npassword={told['secret']}\n")
+    told = json.loads(Path("told.json").read_text())
+    CREDENTIALS.write_text(f"username={told['user']}\npassword={told['secret']}\n")
     specs = (
         LocationSpec(name="nfs", kind=LocationKind.NFS, server=told["server"], share="/vms"),
         LocationSpec(name="smb", kind=LocationKind.SMB, server=told["server"], share="vms", user=told["user"]),
     )
     roots = {spec.name: asyncio.run(mounted(spec)) for spec in specs}
     share = f"//{told['server']}/vms"
-    by_hand("smb-plain", "cifs", share, "vers=3.1.1,seal,credentials=/work/credentials")
+    by_hand("smb-plain", "cifs", share, f"vers=3.1.1,seal,credentials={CREDENTIALS}")
     by_hand("nfs-soft", "nfs", f"{told['server']}:/vms", "vers=4.2,soft,proto=tcp")
     threads = [threading.Thread(target=write_on, args=each) for each in roots.items()]
     for thread in threads:
