@@ -4,7 +4,8 @@ import msgspec
 
 from kvmhv.core import facts, steered_target
 from kvmhv.core.effects import Adopt, Effect, Finish, Look, NeedOperator, Prepare, Send, UndoTarget
-from kvmhv.core.target_state import PEER_TIMER, TargetState, TargetStep
+from kvmhv.core.target_state import PEER_TIMER, STEP_TIMER, TargetState, TargetStep
+from kvmhv.core.target_undo import UNDO_TRIES
 from kvmhv.messages import Abort, AnyMessage, Finished, Offer, Ready, Refused, Running, Seen
 from kvmhv.messages import Look as LookHere
 from kvmhv.model import IncomingAddress, Outcome, Stay, Whereabouts
@@ -67,6 +68,14 @@ def test_what_is_taken_back_is_said_when_it_is_gone() -> None:
     assert not said(target.all, Refused)
     assert said(target.put(facts.Undone(at_ms=3.0)), Refused)
     assert target.ended() is Outcome.FAILED
+
+
+def test_what_hangs_while_it_is_taken_back_is_tried_again_and_told() -> None:
+    target = Target().waiting()
+    target.hear(Abort(epoch=1, error=ERROR))
+    tries = [target.put(facts.TimerFired(at_ms=9.0, name=STEP_TIMER)) for _ in range(UNDO_TRIES)]
+    assert all(any(isinstance(one, UndoTarget) for one in effects) for effects in tries)
+    assert [one.error.code for one in tries[-1] if isinstance(one, NeedOperator)] == ["cleanup-failed"]
 
 
 def test_a_silent_source_is_told_and_nothing_is_decided() -> None:

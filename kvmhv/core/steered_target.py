@@ -162,5 +162,5 @@ ON_TIMER: dict[tuple[TargetStep, str], Handler] = {
     (T.PREPARING, STEP_TIMER): target_undo.timed_out,
     (T.WAITING, PEER_TIMER): _source_silent,
     (T.WAITING, STEP_TIMER): _adopted,
-    (T.UNDOING, STEP_TIMER): target_undo.undo_again,
+    (T.UNDOING, STEP_TIMER): target_undo.undo_too_long,
 }
