@@ -87,6 +87,7 @@ async def test_a_vm_arrives(world: World) -> None:
     vm = arriving()
     world.disks.files["fast/shared.qcow2"] = (GIB, None)
     world.vms.claim(vm.name, "move1", vm)
+    assert await world.state() is VmState.INCOMING
     for _ in range(2):
         await world.vms.make_disks(vm, {"disk0"})
     assert world.disks.files == {

@@ -237,6 +237,7 @@ class OpenMoves:
     def _launch(self, runner: Runner, effects: list[Effect], fact: facts.Fact | None) -> None:
         self._runners[runner.state.move_id, runner.machine.role] = runner
         runner.on_need_operator = self._chronicle.need_operator
+        runner.on_end = lambda report: self._ended(runner.state, runner.machine.role)
         if fact is not None:
             runner.put(fact)
         self._spawn(self._run(runner, effects), f"move {runner.state.move_id}")
@@ -248,10 +249,6 @@ class OpenMoves:
         except Exception:
             log.exception("the move's runner broke; its journal is kept", move=state.move_id)
             return
-        self._runners.pop((state.move_id, runner.machine.role), None)
-        self._vms.release(state.vm.name, state.move_id)
-        if not state.vm.runtime:
-            self._vms.disks.settle_owner(state.vm)
         log.info("move ended", move=report.id, vm=report.vm, outcome=str(report.outcome), reason=report.reason)
         self._chronicle.ended(report)
         if isinstance(runner.state, SourceState) and not state.vm.runtime:
@@ -259,6 +256,13 @@ class OpenMoves:
         gap = self._gaps.pop(state.move_id, None) if isinstance(state, TargetState) else None
         if gap is not None:
             self._spawn(self._end_gap(gap, report), f"network gap of {state.move_id}")
+
+    def _ended(self, state: State, role: str) -> None:
+        """Let the VM go: its next move may begin while the last words of this one are still said."""
+        self._runners.pop((state.move_id, role), None)
+        self._vms.release(state.vm.name, state.move_id)
+        if not state.vm.runtime:
+            self._vms.disks.settle_owner(state.vm)
 
     async def _run_linked(self, runner: Runner, effects: list[Effect]) -> MoveReport:
         """Run a move with another agent."""

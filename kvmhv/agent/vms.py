@@ -180,17 +180,7 @@ class Vms:
     async def list(self) -> tuple[VmSummary, ...]:
         """Return every VM of this host by name, also those that are arriving."""
         shown = await asyncio.gather(*(self._details(record) for record in self._shown_records()))
-        return tuple(
-            VmSummary(
-                name=details.vm.name,
-                id=details.vm.id,
-                state=details.state,
-                host=details.host,
-                memory_bytes=details.vm.memory_bytes,
-                cpus=details.vm.cpus,
-            )
-            for details in shown
-        )
+        return tuple(_summary(one) for one in shown)
 
     async def show(self, name: str) -> VmDetails:
         """Return one VM. Raises CallerError `vm-unknown`."""
@@ -382,9 +372,16 @@ class Vms:
         )
 
     def _without_process(self, record: VmRecord) -> VmState:
+        if self._records.get(record.vm.id) is None:
+            return VmState.INCOMING
         if self._claims.operation_on(record.vm.name) == "start":
             return VmState.STARTING
         return VmState.CRASHED if record.should_run and not self._ends.of(record).guest_off else VmState.STOPPED
+
+
+def _summary(one: VmDetails) -> VmSummary:
+    vm = one.vm
+    return VmSummary(name=vm.name, id=vm.id, state=one.state, host=one.host, memory_bytes=vm.memory_bytes, cpus=vm.cpus)
 
 
 def _shown(state: RunState) -> VmState:

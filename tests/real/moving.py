@@ -21,7 +21,7 @@ from kvmhv.lab.lab import Lab, LabHost
 
 DEADLINE_S = 120.0
 MIB = 1 << 20
-BEAT = re.compile(r"beat (\d+) passes (\d+) errors (\d+) ms (\d+) dirtied (\d+)")
+BEAT = re.compile(r"beat (\d+) passes (\d+) errors (\d+) ms (\d+) dirtied (\d+)\r?\n")
 LOOK = r"""
 import glob, json, re, sqlite3, subprocess
 

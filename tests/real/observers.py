@@ -113,7 +113,8 @@ def prometheus(lab: Lab, directory: Path) -> Iterator[Prometheus]:
     with (directory / "prometheus.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             until("Prometheus answers", here.ready)
-            until("both agents are scraped", lambda: here.has_scraped_since(time.time() - 5))
+            started_s = time.time()
+            until("both agents are scraped", lambda: here.has_scraped_since(started_s))
             yield here
         finally:
             process.terminate()

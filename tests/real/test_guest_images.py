@@ -28,7 +28,7 @@ RICHER = "qemu64,+cx16,+lahf-lm,+popcnt,+pni,+sse4.1,+sse4.2,+ssse3,enforce"
 # QEMU runs in the tree with the test's directory at /mnt; it ends when the test does, and so do its mounts.
 CAGE = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
 ENTER = 'mount --bind "$2" "$1/mnt" && mount --bind /dev "$1/dev" && t=$1 && shift 2 && exec chroot "$t" "$@"'
-BEAT = re.compile(r"beat (\d+) passes (\d+) errors (\d+) ms (\d+) dirtied (\d+)")
+BEAT = re.compile(r"beat (\d+) passes (\d+) errors (\d+) ms (\d+) dirtied (\d+)\r?\n")
 DEADLINE_S = 60.0
 
 

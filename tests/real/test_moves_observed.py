@@ -73,7 +73,8 @@ def test_what_is_reported_is_what_others_see(pair: Pair, guest: Sniffer, tmp_pat
             reports.append(report)
             agrees_with_the_switch(report, target.qmp_event_ms(f"vm/{pair.vm_id}", "RESUME"), guest)
             agrees_with_the_network_card(report, sent_bytes(source) - sent_before)
-        until("both agents are scraped after the moves", lambda: watcher.has_scraped_since(time.time()))
+        ended_s = time.time()
+        until("both agents are scraped after the moves", lambda: watcher.has_scraped_since(ended_s))
         agrees_with_prometheus(reports, watcher)
         the_dashboard_has_something_to_show(watcher)
         assert watcher.query(f'{{__name__=~"{LIVE}"}}') == [], "series are left over after the moves"

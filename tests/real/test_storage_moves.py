@@ -70,6 +70,11 @@ class Site:
         own = f"iscsi/disk{DISK_LUNS[0]}.img" if kind == "iscsi" else f"{kind}/web01/disk0.{disk_format}"
         return self.server.path(own)
 
+    def wipe_lun(self) -> None:
+        """A LUN keeps what the guest before wrote, and may show it again where this one discards."""
+        lun = self.copy_of_the_server("iscsi", "raw")
+        subprocess.run(["fallocate", "--punch-hole", "--length", str(lun.stat().st_size), lun], check=True)
+
     def owner(self, kind: str) -> Any:
         """The ownership record of web01's raw disk, as it lies on the server."""
         if kind == "iscsi":
@@ -148,6 +153,8 @@ class Writer:
 def writing(site: Site, kind: str, disk_format: str, size: str = "48M") -> Iterator[Writer]:
     """A guest at work on a server's disk; at the end every acknowledged write is looked up."""
     writer = Writer(site)
+    if kind == "iscsi":
+        site.wipe_lun()
     try:
         with site.vm(site.disk(kind, disk_format, size), image="writes"):
             until("the guest writes", lambda: writer.acknowledged() > 5)
