@@ -48,6 +48,10 @@ the source's has sent all and waits for it. `sent`: both QEMUs have completed, n
 has noted the grant and not said it. `before run`: the target has noted that it is about to run the guest. `runs`: it
 does, and has told nobody."""
 
+FUTEX = 202
+"""The number of the system call in which a thread waits for a lock or for another thread's end."""
+STANDS_S = 0.2
+
 IN_DEVICE_STATE = "source.after-ContinueSwitchover"
 
 
@@ -181,6 +185,7 @@ class Stage:
                 until(f"{player.name} is held", self._place(player, "held").exists)
                 log = run_dir(self.lab.name, self.a.name) / "vm" / player.id / "qmp.log"
                 until("the device state", lambda log=log: '"status":"device"' in log.read_text())
+                until("all is sent", lambda p=player: _waits_for_the_last_word(self.qemu(self.a, p)))
 
     def release(self, *sides: Side) -> None:
         """Let go of every move that is still held, or of those that one side holds."""
@@ -295,6 +300,24 @@ def _arguments(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
     except OSError:
         return []
+
+
+def _waits_for_the_last_word(pid: int | None) -> bool:
+    """Whether QEMU's migration thread has sent all: it joins the thread that reads the target's answer, and nothing else.
+
+    Before that it sends, or takes the big lock, and stands nowhere for so long.
+    """
+    (thread,) = (one for one in Path(f"/proc/{pid}/task").iterdir() if (one / "comm").read_text() == "mig/src/main\n")
+    before = _standing(thread)
+    time.sleep(STANDS_S)
+    return before is not None and _standing(thread) == before
+
+
+def _standing(thread: Path) -> str | None:
+    """Return what a thread that waits in a lock stands at, and how often it has waited yet."""
+    call = (thread / "syscall").read_text()
+    waits = next(line for line in (thread / "status").read_text().splitlines() if line.startswith("voluntary_ctxt"))
+    return call + waits if call.startswith(f"{FUTEX} ") else None
 
 
 def break_tcp(pid: int, port: int) -> int:
