@@ -303,7 +303,7 @@ def _arguments(pid: int) -> list[str]:
 
 
 def _waits_for_the_last_word(pid: int | None) -> bool:
-    """Whether QEMU's migration thread has sent all: it joins the thread that reads the target's answer, and nothing else.
+    """Whether QEMU's migration thread has sent all: it joins the thread that reads the target's last answer.
 
     Before that it sends, or takes the big lock, and stands nowhere for so long.
     """
