@@ -124,6 +124,22 @@ async def test_an_arrival_is_undone_also_by_the_next_agent(world: World) -> None
     assert world.left() == {**NOTHING, "files": ["fast/shared.qcow2"]}
 
 
+async def test_an_arrival_that_could_not_be_undone_is_undone_by_the_next_agent(world: World) -> None:
+    """Nor does the VM's next arrival take those images, which are not empty, for its own."""
+    vm = arriving()
+    world.disks.files["fast/shared.qcow2"] = (GIB, None)
+    await world.vms.make_disks(vm, {"disk0"})
+    world.faults.failing["remove_disk"] = 0
+    with pytest.raises(HostError, match="remove_disk does not work"):
+        await world.vms.remove_disks(vm)
+    with pytest.raises(HostError, match="remove_disk does not work"):
+        await world.vms.make_disks(vm, {"disk0"})
+    del world.faults.failing["remove_disk"]
+    world.agent()
+    await world.vms.recover()
+    assert world.left() == {**NOTHING, "files": ["fast/shared.qcow2"]}
+
+
 async def test_an_arrival_over_another_ones_file_leaves_that_file(world: World) -> None:
     vm = arriving()
     world.disks.files["default/web01/disk0.qcow2"] = (5, None)

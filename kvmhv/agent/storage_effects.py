@@ -129,7 +129,7 @@ class StorageMachine:
         await self._hypervisor.undo_copies(self._vm.id, effect.timeout_s)
         await self._end_idle()
         try:
-            await self._vms.disks.undo_images(self._move_id)
+            await self._vms.disks.undo(self._move_id)
         except KvmhvError as error:
             warnings = (f"a new image is left, the agent's next start tries to delete it: {error.message}",)
         await self._let_go()

@@ -1,6 +1,7 @@
 """What performs the target's effects, and what QEMU's events mean to the target."""
 
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from functools import partial
 
 from kvmhv.agent.network_gap import NetworkGap
@@ -98,9 +99,11 @@ class TargetMachine:
 
     async def _undo(self, effect: UndoTarget) -> facts.Fact:
         await self._hypervisor.kill(self._vm.id)
-        await self._vms.drop_taps(self._vm)
-        await self._vms.remove_disks(self._vm, tuple(copy.disk for copy in effect.plan.disk_copies))
-        await self._vms.forget(self._vm.id)
+        async with AsyncExitStack() as rest:  # from the last to the first, each whatever becomes of the others
+            rest.push_async_callback(self._vms.forget, self._vm.id)
+            copied = tuple(copy.disk for copy in effect.plan.disk_copies)
+            rest.push_async_callback(self._vms.remove_disks, self._vm, copied)
+            rest.push_async_callback(self._vms.drop_taps, self._vm)
         return facts.Undone(at_ms=self._clock.monotonic_ms())
 
     # --- events

@@ -98,7 +98,7 @@ class VmDisks:
             await self.make_images(vm.id, vm, names)
 
     async def make_images(self, key: str, vm: Vm, names: Collection[str] | None) -> None:
-        """Make every layer of these disks; `key` names what was made, for undo_images() and keep().
+        """Make every layer of these disks; `key` names what was made, for undo() and keep().
 
         All or nothing. Raises as make_empty().
         """
@@ -116,16 +116,6 @@ class VmDisks:
             raise
         ledger = self._read(key) or Ledger()
         self._write(key, msgspec.structs.replace(ledger, complete=True))
-
-    async def undo_images(self, key: str) -> None:
-        """Delete what make_images() made. If the storage does not let it go, the agent's next start tries again."""
-        try:
-            await self.undo(key)
-        except KvmhvError:
-            ledger = self._read(key)
-            if ledger is not None:
-                self._write(key, msgspec.structs.replace(ledger, arriving=False))
-            raise
 
     async def remove(self, vm: Vm, names: Collection[str] | None) -> None:
         """Delete the own layers of these disks (None: of all) of a defined VM, else what was made for its arrival.
@@ -161,12 +151,19 @@ class VmDisks:
                 await self._disks.remove(layer)
 
     async def undo(self, vm_id: str) -> None:
-        """Delete what was made for a VM that is not defined here; no error if there is nothing."""
+        """Delete what was made for a VM that is not defined here; no error if there is nothing.
+
+        If the storage does not let it go, the agent's next start tries again, and so does the VM's next arrival.
+        """
         ledger = self._read(vm_id)
         if ledger is None:
             return
-        for layer in reversed(ledger.layers):
-            await self._disks.remove(layer)
+        try:
+            for layer in reversed(ledger.layers):
+                await self._disks.remove(layer)
+        except KvmhvError:
+            self._write(vm_id, msgspec.structs.replace(ledger, arriving=False, complete=False))
+            raise
         self._records.delete(KIND, vm_id)
 
     def keep(self, vm_id: str) -> None:
@@ -174,7 +171,7 @@ class VmDisks:
         self._records.delete(KIND, vm_id)
 
     async def recover(self) -> tuple[str, ...]:
-        """Undo the creates that an agent's end cut short; returns the ids of those VMs.
+        """Undo the creates, and end the undoings, that an agent's end cut short; returns the ids of those VMs.
 
         A storage that does not let its files go must not keep the agent from starting: the next start tries again.
         """

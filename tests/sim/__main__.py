@@ -4,9 +4,10 @@ import argparse
 import sys
 import time
 
+from tests.sim.ledger import Ledger
 from tests.sim.machine import Broken
 from tests.sim.run import many
-from tests.sim.world import Ledger, World
+from tests.sim.world import World
 
 
 def main() -> int:

@@ -92,6 +92,8 @@ def _act(runner: "Runner", effect: ef.Effect, *, hangs: bool = False) -> None:
 
 
 def _failed(runner: "Runner", effect: ef.Effect) -> Fact:
+    if isinstance(effect, ef.UndoTarget):  # all but what the storage does not let go
+        _undo_target(runner, effect, images=False)
     return facts.Failed(at_ms=runner.agent.machine.clock_ms, effect=type(effect).__name__, error=ERROR)
 
 
@@ -198,6 +200,7 @@ def _remove_copy(runner: "Runner", effect: ef.Effect) -> Fact:
 
 def _prepare(runner: "Runner", effect: ef.Effect) -> Fact:
     machine = runner.agent.machine
+    machine.end_undoing()
     if machine.qemu is not None or machine.image is not None:
         raise Broken(f"{machine.name} is not clean: {machine.qemu} {machine.image}")
     if machine.disk_broken:
@@ -227,7 +230,7 @@ def _adopt(runner: "Runner", effect: ef.Effect) -> Fact:
     return facts.Adopted(at_ms=machine.clock_ms)
 
 
-def _undo_target(runner: "Runner", effect: ef.Effect) -> Fact:
+def _undo_target(runner: "Runner", effect: ef.Effect, *, images: bool = True) -> Fact:
     machine = runner.agent.machine
     if machine.qemu is not None and machine.qemu.ran:
         raise Broken("the target takes back what ran")
@@ -235,7 +238,9 @@ def _undo_target(runner: "Runner", effect: ef.Effect) -> Fact:
         raise Broken("the target takes back what it owns")
     machine.kill_qemu()
     machine.taps = machine.kernel_files = False
-    machine.image = None
+    machine.half_undone = machine.image is not None
+    if images:
+        machine.end_undoing()
     return facts.Undone(at_ms=machine.clock_ms)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvmhv.core import admission, facts, recover, source, target
+from kvmhv.core import admission, bounds, facts, recover, source, target
 from kvmhv.core import effects as ef
 from kvmhv.core.facts import Fact
 from kvmhv.core.handover import TargetHold
@@ -30,11 +30,12 @@ from kvmhv.messages import (
     Running,
     Unknown,
 )
-from kvmhv.model import ErrorBody, HostSettings, MoveReport
+from kvmhv.model import ErrorBody, HostSettings, MoveReport, Outcome
 from kvmhv.wire.session import SOURCE, TARGET, VERSIONS, Greeted, Heard, Hello, Session
 from tests.sim import examples
 from tests.sim.acts import perform
-from tests.sim.machine import Machine, Qemu
+from tests.sim.journal import Journal
+from tests.sim.machine import Broken, Machine, Qemu
 
 if TYPE_CHECKING:
     from tests.sim.world import World
@@ -51,46 +52,6 @@ LOST = ErrorBody(code="peer-lost", message="the connection was lost", todo="")
 
 class AgentDied(Exception):
     """The agent dies here; what it did so far stands."""
-
-
-class Journal:
-    """Durable and volatile entries, and reports, as drivers/database keeps them."""
-
-    def __init__(self) -> None:
-        self.durable: dict[tuple[str, str], bytes] = {}
-        self.volatile: dict[tuple[str, str], bytes] = {}
-        self.reports: dict[str, bytes] = {}
-
-    def write(self, key: tuple[str, str], state: bytes, *, durable: bool) -> None:
-        """Keep the newest state."""
-        if durable:
-            self.durable[key] = state
-            self.volatile.pop(key, None)
-        else:
-            self.volatile[key] = state
-
-    def age(self) -> None:
-        """Put the states into the form in which a version before the announcement kept them."""
-        for kept in (self.durable, self.volatile):
-            for key, encoded in kept.items():
-                state = msgspec.msgpack.decode(encoded)
-                state["hold"].pop("announced", None)
-                kept[key] = msgspec.msgpack.encode(state)
-
-    def load(self) -> list[tuple[str, bytes]]:
-        """Return (role, newest state) of every open move."""
-        return [(key[1], self.volatile.get(key, state)) for key, state in self.durable.items()]
-
-    def end(self, key: tuple[str, str], report: MoveReport) -> None:
-        """Replace a move's states by its report."""
-        self.durable.pop(key, None)
-        self.volatile.pop(key, None)
-        self.reports[key[0]] = msgspec.json.encode(report)
-
-    def ended(self, move_id: str) -> MoveReport | None:
-        """Return the report of a move that has ended."""
-        found = self.reports.get(move_id)
-        return None if found is None else msgspec.json.decode(found, type=MoveReport)
 
 
 class End:
@@ -175,6 +136,8 @@ class Runner:
         self.timers: dict[str, int] = {}
         self.open = True
         self._timer_number = 0
+        self._began_ms = agent.world.kernel.now_ms
+        self._told = state.outcome is Outcome.NEEDS_OPERATOR
 
     @property
     def key(self) -> tuple[str, str]:
@@ -216,6 +179,8 @@ class Runner:
             case ef.ClearTimer(name=name):
                 self.timers.pop(name, None)
             case ef.NeedOperator(error=error):
+                self._within_bound()
+                self._told = agent.world.truth.excused = True
                 agent.tell(f"needs the operator: {error.code}")
             case ef.Finish(report=report):
                 self._finish(report)
@@ -230,11 +195,19 @@ class Runner:
             self.put(facts.TimerFired(at_ms=self.agent.machine.clock_ms, name=name))
 
     def _finish(self, report: MoveReport) -> None:
+        self._within_bound()
         report = msgspec.structs.replace(report, ended_at=self.agent.machine.wall_s)
         self.agent.journal.end(self.key, report)
         self.open = False
         self.agent.tell(f"{self.role} ends: {report.outcome} {report.reason or ''}")
         self.agent.ended(self)
+
+    def _within_bound(self) -> None:
+        """Whatever breaks, as long as its agent lives a side ends or tells the operator in time."""
+        took_s = (self.agent.world.kernel.now_ms - self._began_ms) / 1000
+        bound_s = bounds.move_s(self.agent.world.timeouts)
+        if not self._told and took_s > bound_s:
+            raise Broken(f"{self.role} took {took_s:.1f} s until it ended or told, {bound_s:.1f} s are promised")
 
     # --- the link
 
@@ -309,10 +282,12 @@ class Agent:
 
     def start(self) -> None:
         """Take every open move up again."""
+        self.world.truth.excused = True
         with self.guarded():
             for role, encoded in self.journal.load():
                 kind: type[State] = SourceState if role == SOURCE else TargetState
                 self._recover(msgspec.msgpack.decode(encoded, type=kind))
+            self.machine.end_undoing()
 
     def _recover(self, state: State) -> None:
         qemu = self.machine.qemu
@@ -380,6 +355,7 @@ class Agent:
         if not self.alive:
             return
         self.alive = False
+        self.world.truth.excused = True
         self.tell("the agent is dead")
         for end in self.world.all_ends():
             if end.agent is self:

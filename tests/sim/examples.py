@@ -36,6 +36,20 @@ QEMU = QemuInfo(
     parameters=("max-bandwidth", "downtime-limit"),
 )
 
+TIGHT = Timeouts(
+    answer_s=0.5,
+    prepare_s=4.0,
+    storage_idle_s=2.0,
+    storage_s=4.0,
+    memory_idle_s=2.0,
+    memory_s=6.0,
+    switchover_s=1.0,
+    grant_s=1.0,
+    reconnect_s=1.0,
+    undo_s=1.5,
+)
+"""So short that many waits are too long: every fourth world has them."""
+
 
 def disk(name: str = "disk0", location: str = "default", size_bytes: int = 4 * GIB) -> Disk:
     """A qcow2 disk of one layer."""

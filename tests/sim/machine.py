@@ -5,6 +5,7 @@ guest's rest leads to pre-switchover; QEMU may win the race and stop the guest b
 when the migration fails; a cut link raises no event and leaves QMP hanging in the device state.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -28,6 +29,10 @@ class Truth:
     acknowledged: int = 0
     owner: str = ""
     stopped_by_fault: bool = False
+    stands_since_ms: float | None = None
+    """Since when its guest has been stopped for a switchover."""
+    excused: bool = False
+    """Since then an agent has died, or the operator was told."""
 
 
 @dataclass
@@ -85,10 +90,14 @@ class Machine:
     booted_ms: float = 0.0
     qemu: Qemu | None = None
     image: Image | None = None
+    blackout_s: float = math.inf
+    """How long a guest may stand still that nobody tells of."""
     defined: int | None = None
     """Epoch of the VM's record here."""
     taps: bool = False
     kernel_files: bool = False
+    half_undone: bool = False
+    """Its storage does not let go of what was made for the VM's arrival."""
     wall_offset_s: float = 0.0
     disk_broken: bool = False
     """Its disk is full, or gives errors: nothing can be written to it."""
@@ -117,6 +126,11 @@ class Machine:
             raise Broken(f"a stale copy runs on {self.name}")
         if self.image is None or self.image.writes != self.truth.acknowledged:
             raise Broken(f"acknowledged writes are missing on {self.name}: {self.image} of {self.truth.acknowledged}")
+        if self.truth.stands_since_ms is not None and not self.truth.excused:
+            stood_s = (self.kernel.now_ms - self.truth.stands_since_ms) / 1000
+            if stood_s > self.blackout_s:
+                raise Broken(f"the guest stood still for {stood_s:.1f} s, {self.blackout_s:.1f} s are promised")
+        self.truth.stands_since_ms = None
         self.image.lock = self.name
         qemu.status, qemu.ran = "running", True
         if other is not None:
@@ -143,8 +157,12 @@ class Machine:
         if qemu is not None and qemu.status == "running":
             self.write()
             qemu.status = "paused"
-            qemu.say("STOP")
+            self._stands(qemu)
             self.kernel.tell(self.name, "the guest is stopped")
+
+    def _stands(self, qemu: Qemu) -> None:
+        self.truth.stands_since_ms, self.truth.excused = self.kernel.now_ms, False
+        qemu.say("STOP")
 
     def can_lock(self) -> bool:
         """Whether no other host has the image's lock."""
@@ -231,7 +249,7 @@ class Machine:
         if qemu.status == "running":
             self.write()
             qemu.status = "finish"
-            qemu.say("STOP")
+            self._stands(qemu)
             self.kernel.tell(self.name, "QEMU stops the guest by itself")
         qemu.migration = "pre-switchover"
         qemu.say("PRE-SWITCHOVER")
@@ -321,6 +339,11 @@ class Machine:
         return there is None or there.migration == "failed"
 
     # --- ends
+
+    def end_undoing(self) -> None:
+        """What could not be taken back goes with the next try, the agent's next start, or the VM's next arrival."""
+        if self.half_undone:
+            self.image, self.half_undone = None, False
 
     def kill_qemu(self) -> None:
         """The process ends."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
+from tests.sim.ledger import Ledger
 from tests.sim.machine import Broken
-from tests.sim.world import Ledger, World
+from tests.sim.world import World
 
 TOLD_EVERY_MOVES = 10_000
 

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
-from kvmhv.core import handover
+from kvmhv.core import handover, source, target
+from kvmhv.core.effects import Effect, SetTimer
+from kvmhv.core.facts import Fact, TimerFired
+from kvmhv.core.source_state import UNDOABLE
+from kvmhv.core.target_state import BEFORE_RUN
+from tests.sim.ledger import Single
 from tests.sim.machine import Broken
 from tests.sim.run import many
-from tests.sim.world import HOSTS, KINDS, Single, World
+from tests.sim.world import HOSTS, KINDS, World
 
 MOVES = int(os.environ.get("KVMHV_SIM_MOVES", "50000" if os.environ.get("CI") else "2000"))
 FIRST_SEED = int(os.environ.get("KVMHV_SIM_SEED", "0"))
@@ -74,6 +79,27 @@ def test_words_of_another_move_do_no_harm() -> None:
     """These seeds ran the VM twice when a failed move's Refused could be said again in the next one."""
     for seed in (701027, 702175, 704057):
         assert World(seed).run().kinds["replay"]
+
+
+def test_what_cannot_be_taken_back_is_told_and_goes_later() -> None:
+    """Three tries of taking back fail in this seed; the next start of that host's agent ends it."""
+    assert World(30_081_016).run().outcomes == {"failed": 1}
+
+
+def test_a_wait_that_is_longer_than_promised_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake: who waits before the grant waits on."""
+
+    def wrong(state: Any, fact: Fact) -> tuple[Any, list[Effect]]:
+        assert isinstance(fact, TimerFired)
+        return state, [SetTimer(name=fact.name, after_s=5.0)]
+
+    for at in UNDOABLE:
+        monkeypatch.setitem(source.ON_FACT, (at, TimerFired), wrong)
+    for taking in BEFORE_RUN:
+        monkeypatch.setitem(target.ON_FACT, (taking, TimerFired), wrong)
+    found: list[Broken] = []
+    many(FIRST_SEED, 3000, broken=found.append)
+    assert any("are promised" in str(one) for one in found)
 
 
 def test_without_faults_the_vm_goes_there_and_back() -> None:

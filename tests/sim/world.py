@@ -1,25 +1,30 @@
 """One seed's world: a VM moves there and back between two hosts, a swarm of faults; then all heals and it must end."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
 
+from kvmhv.core import bounds
 from kvmhv.core import effects as ef
 from kvmhv.core.handover import HandoverViolation
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target_state import TargetState
 from kvmhv.messages import Abort, AnyMessage, Grant, Owned, Refused, Running
-from kvmhv.model import DirectKernel, MoveReport, Outcome, Vm
+from kvmhv.model import DirectKernel, MoveReport, Outcome, Timeouts, Vm
 from kvmhv.wire.session import SOURCE, TARGET, VERSIONS, Hello
 from tests.sim import examples
-from tests.sim.agent import LOST, Agent, AgentDied, End, Journal
+from tests.sim.acts import ERROR
+from tests.sim.agent import LOST, Agent, AgentDied, End
+from tests.sim.journal import Journal
 from tests.sim.kernel import Kernel
+from tests.sim.ledger import Ledger, Single
 from tests.sim.machine import MIB, Broken, Image, Machine, Qemu, Truth
 
 HOSTS = ("host1", "host2")
 FAULTS_END_MS = 20_000.0
+TIGHT_FAULTS_END_MS = 60_000.0
+"""Longer than any move may take in such a world."""
 HEALED_FOR_MS = 2 * 3600e3
 KINDS = (
     "agent",
@@ -48,43 +53,6 @@ VERSIONS_OF_OTHERS = ((1, 1), (0, 1), (1, 2), (2, 3))
 STRANGER = "host3"
 """A host that is trusted, and has no part in these moves."""
 FRAMES_KEPT = 200
-
-
-@dataclass
-class Single:
-    """One fault, at the n-th boundary of the run."""
-
-    boundary: int
-    kind: str
-    host: str
-
-
-@dataclass
-class Ledger:
-    """What a run came to."""
-
-    moves: int = 0
-    outcomes: dict[str, int] = field(default_factory=dict)
-    boundaries: int = 0
-    faults: int = 0
-    stood_still: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)
-    """Faults by kind."""
-
-    def add(self, one: "Ledger") -> None:
-        """Sum up; a run counts as one move at least."""
-        self.moves += max(1, one.moves)
-        self.faults += one.faults
-        self.boundaries += one.boundaries
-        self.stood_still += one.stood_still
-        for mine, others in ((self.outcomes, one.outcomes), (self.kinds, one.kinds)):
-            for name, count in others.items():
-                mine[name] = mine.get(name, 0) + count
-
-    def fault(self, kind: str) -> None:
-        """Count one."""
-        self.faults += 1
-        self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
 
 class World:
@@ -124,6 +92,7 @@ class World:
         self._moves_left = 2
         self._frames: list[tuple[str, bytes]] = []
         self._ends_made = 0
+        self.timeouts = examples.TIGHT if seed % 4 == 2 else Timeouts()
         self.shares = rng.random() < 0.25
         self.moving = self._vm()
         self.machines = {name: Machine(name, self.kernel, self.truth) for name in HOSTS}
@@ -133,6 +102,7 @@ class World:
             machine = self.machines[name]
             machine.other = self.machines[HOSTS[1] if name == HOSTS[0] else HOSTS[0]]
             machine.network_up = self.network_up
+            machine.blackout_s = bounds.blackout_s(self.timeouts)
             machine.event = self._qemu_said
         first = self.machines[HOSTS[0]]
         first.qemu = Qemu(first, "running", dirty_bytes_per_s=rng.choice((0.0, 1e6, 50e6, 600e6)))
@@ -361,7 +331,8 @@ class World:
         self._plan_faults()
         self._next_move()
         try:
-            while self.kernel.now_ms < FAULTS_END_MS and self.kernel.step(FAULTS_END_MS):
+            heal_ms = FAULTS_END_MS if self.timeouts == Timeouts() else TIGHT_FAULTS_END_MS
+            while self.kernel.now_ms < heal_ms and self.kernel.step(heal_ms):
                 self._next_move()
             self._heal()
             limit_ms = self.kernel.now_ms + HEALED_FOR_MS
@@ -422,6 +393,7 @@ class World:
             volatile_id=f"{here.name}-{here.boot}",
             used_bytes=moving.memory_bytes,
             shares=self.shares,
+            timeouts=self.timeouts,
         )
         state = msgspec.structs.replace(state, started_wall_s=here.wall_s)
         here.qemu.migration, here.qemu.sent_bytes = "", 0
@@ -456,7 +428,7 @@ class World:
         other = owner.other
         left = {
             "process": other.qemu,
-            "disk": other.image,
+            "disk": other.image and not (other.half_undone and self._told(other)),
             "tap": other.taps,
             "file": other.kernel_files,
             "claims": any(agent.claims for agent in self.agents.values() if agent),
@@ -468,6 +440,11 @@ class World:
             raise Broken(f"left behind: {found}")
         if (self.moving.kernel is not None) != owner.kernel_files:
             raise Broken("the VM's kernel files are not where the VM is")
+
+    def _told(self, machine: Machine) -> bool:
+        """Whether a report of this host warns of what could not be taken back."""
+        reports = (self.journals[machine.name].ended(f"move-{number}") for number in range(self.ledger.moves))
+        return any(ERROR.message in report.warnings for report in reports if report is not None)
 
     def _check_agreement(self, move_id: str) -> None:
         reports: list[MoveReport] = [
