@@ -69,7 +69,7 @@ class Agent:
         images = Images(config, ground.database, disks)
         self._runtime = ground.runtime
         self._owners = Owners(config.name, ground.host_id, disks)
-        self._sharing = Sharing(disks)
+        self._sharing = Sharing(disks, ground.database)
         self._vms = Vms(config, ground.database, ground.qemu, disks, ground.network, images, self._owners)
         self._host_vms = HostVms(config, self._vms, ground.runtime, disks)
         journal = TimedJournal(ground.database, ground.metrics.journal_written)
@@ -178,6 +178,7 @@ class Agent:
         await self._ways.sweep()
         await self._open_moves.recover()
         await self._vms.recover()
+        self._sharing.recover()
         await self._listener.start()
         work = (
             self._metrics.watch_loop_lag(),

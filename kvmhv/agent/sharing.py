@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+from collections.abc import Coroutine
+from functools import partial
 
 import msgspec
 
@@ -18,7 +20,9 @@ from kvmhv.drivers.storage.volumes import Volume
 from kvmhv.errors import KvmhvError
 from kvmhv.messages import Nonce, Proof
 from kvmhv.model import Inventory, Struct, Vm
+from kvmhv.ports import Records
 
+KIND = "proof"
 PREFIX = ".kvmhv-proof-"
 LOCATIONS_MAX = 16
 READ_S = 30.0
@@ -36,14 +40,28 @@ class Challenge(Struct, frozen=True, kw_only=True):
 class Sharing:
     """Both sides of the proof, on one host."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, records: Records) -> None:
         self._storage = storage
+        self._records = records
         self._tasks: set[asyncio.Task[None]] = set()
 
     def locations(self, vm: Vm) -> tuple[str, ...]:
         """Return the VM's locations that other hosts may see."""
         used = {layer.location for disk in vm.disks for layer in disk.layers}
         return tuple(sorted(name for name in used if self._storage.volume(name) is not None))[:LOCATIONS_MAX]
+
+    def recover(self) -> None:
+        """After the agent's start: remove, in the background, the nonces that an earlier agent has left.
+
+        What cannot be removed (its server is away) is tried again at the next start.
+        """
+        left = [key.split("/", 1) for key, _ in self._records.all(KIND)]
+        if left:
+            self._spawn(self._sweep([(location, name) for location, name in left]))
+
+    async def _sweep(self, names: list[tuple[str, str]]) -> None:
+        for location, name in names:
+            await self._remove(location, name)
 
     # --- source
 
@@ -107,15 +125,18 @@ class Sharing:
     def forget_later(self, proofs: tuple[Proof, ...]) -> None:
         """Remove the nonces that `prove` wrote, after the source has had its time to read (and to remove) them."""
         if any(proof.name for proof in proofs):
-            task = asyncio.create_task(self._forget(proofs), name="proofs")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._forget(proofs))
 
     async def close(self) -> None:
         """End what runs in the background."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name="proofs")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _forget(self, proofs: tuple[Proof, ...]) -> None:
         with contextlib.suppress(asyncio.CancelledError):
@@ -151,26 +172,28 @@ class Sharing:
         return volume
 
     async def _write(self, location: str, name: str, content: bytes) -> None:
+        """Write a nonce. It is noted before, so that an agent that dies leaves it only until the next one starts."""
         volume = self._volume(location)
+        self._records.put(KIND, f"{location}/{name}", b"")
         await self._storage.ask(location, lambda: volume.swap_record(name, None, content))
 
     async def _remove(self, location: str, name: str) -> None:
         volume = self._storage.volume(location)
-        if volume is None:  # the location was removed meanwhile
-            return
-
-        def remove() -> None:
-            content = volume.read_record(name)
-            if content is not None:
-                volume.swap_record(name, content, None)
-
         with contextlib.suppress(KvmhvError):
-            await self._storage.ask(location, remove)
+            if volume is not None:  # else the location was removed meanwhile
+                await self._storage.ask(location, partial(_remove_record, volume, name))
+            self._records.delete(KIND, f"{location}/{name}")
 
     async def _identities(self, vm: Vm, location: str) -> dict[str, str]:
         volume = self._volume(location)
         paths = {layer.path for disk in vm.disks for layer in disk.layers if layer.location == location}
         return await self._storage.ask(location, lambda: {path: volume.identity(path) for path in sorted(paths)})
+
+
+def _remove_record(volume: Volume, name: str) -> None:
+    content = volume.read_record(name)
+    if content is not None:
+        volume.swap_record(name, content, None)
 
 
 def _fresh() -> tuple[str, bytes]:
