@@ -180,6 +180,8 @@ class VmState(enum.StrEnum):
     """Its QEMU ended without being asked to."""
     UNKNOWN = "unknown"
     """The program that runs it does not answer."""
+    DAMAGED = "damaged"
+    """Its record on this host cannot be read."""
 
 
 class Accel(enum.StrEnum):

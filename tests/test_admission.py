@@ -3,9 +3,10 @@
 import msgspec
 import pytest
 
-from kvmhv.core import admission
+from kvmhv.core import admission, plan
 from kvmhv.core.admission import Load
-from kvmhv.model import HostSettings, Refusal
+from kvmhv.model import Address, HostSettings, MoveRequest, Plan, Refusal, Rule, Timeouts
+from tests.sim import examples
 
 ON = HostSettings(enabled=True)
 IDLE = Load(moves_out=0, moves_in=0, storage_copies=0)
@@ -65,3 +66,34 @@ def test_only_the_named_sources(ip: str, allowed: bool) -> None:
     if refusal is not None:
         assert refusal.code == "source-not-allowed"
         assert ip in refusal.text
+
+
+@pytest.mark.parametrize(
+    ("target", "further", "stranger"),
+    [
+        ("10.0.1.2", (), None),
+        ("10.0.1.2", ("10.0.2.2",), None),
+        ("FD00:0::2", (), None),
+        ("0.0.0.0", (), "0.0.0.0"),
+        ("127.0.0.1", (), "127.0.0.1"),
+        ("10.0.3.2", (), "10.0.3.2"),
+        ("10.0.1.2", ("10.0.2.2", "10.0.3.2"), "10.0.3.2"),
+        ("::", (), "::"),
+        ("1.2.3", (), "1.2.3"),
+    ],
+)
+def test_an_offer_names_this_hosts_own_addresses(target: str, further: tuple[str, ...], stranger: str | None) -> None:
+    usable = tuple(Address(ip=ip, prefix=24) for ip in ("10.0.1.2", "10.0.2.2", "fd00::2"))
+    ways = tuple(("10.0.9.1", ip) for ip in further)
+    offered = msgspec.structs.replace(plan_of_a_move(), target_address=target, more_networks=ways)
+    refusal = admission.admit_addresses(offered, "host2", "host1", usable)
+    assert (refusal is None) is (stranger is None)
+    if refusal is not None:
+        assert (refusal.code, refusal.setting) == ("address-not-allowed", "migration.networks")
+        assert f"to {stranger}," in refusal.text
+
+
+def plan_of_a_move() -> Plan:
+    request = MoveRequest(vm="web01", target="host2", include_storage=True)
+    source = examples.inventory("host1", running=examples.vm())
+    return plan.make(examples.vm(), request, Rule(), Timeouts(), source, examples.inventory("host2", octet=2))

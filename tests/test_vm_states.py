@@ -9,7 +9,7 @@ import msgspec
 
 from kvmhv.agent import vm_states
 from kvmhv.agent.vm_states import VmStates
-from kvmhv.model import Vm, VmDetails, VmState
+from kvmhv.model import Vm, VmDetails, VmState, VmSummary
 from kvmhv.ports import QemuEvent
 
 ONE = Vm(id="id-1", name="web01", memory_bytes=1 << 20, cpus=1)
@@ -21,6 +21,7 @@ class Host:
 
     def __init__(self, *vms: Vm) -> None:
         self.vms = list(vms)
+        self.records = self
         self.states = {vm.id: VmState.RUNNING for vm in vms}
         self.asked: list[str] = []
         self.moving: tuple[Vm, ...] = ()
@@ -29,6 +30,9 @@ class Host:
 
     def defined(self) -> tuple[Vm, ...]:
         return tuple(self.vms)
+
+    def damaged_rows(self, host: str) -> tuple[VmSummary, ...]:
+        return ()
 
     async def show(self, name: str) -> VmDetails:
         self.asked.append(name)

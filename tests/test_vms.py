@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 
+from kvmhv.agent.host_vms import HostVms
 from kvmhv.config import from_data
 from kvmhv.drivers.storage.qemu_img import ImageFile
+from kvmhv.drivers.storage.storage import Storage
 from kvmhv.errors import CallerError, HostError, Refused
 from kvmhv.model import (
     GIB,
@@ -16,7 +19,9 @@ from kvmhv.model import (
     DiskSpec,
     Vm,
     VmState,
+    VmSummary,
 )
+from kvmhv.ports import Runtime
 from tests.one_host import NOTHING, RAW, SPEC, World, one_host, running, with_kernel
 
 
@@ -312,3 +317,36 @@ async def test_what_stands_still_after_a_disk_error_goes_on(tmp_path: Path) -> N
         with pytest.raises(Refused, match="move"):
             await world.vms.start("web01")
         assert world.hypervisor.running[details.vm.id] == "io-error", "only the move decides who runs it"
+
+
+class NoOtherVms:
+    """A runtime without VMs."""
+
+    name = "libvirt"
+
+    def vms(self) -> tuple[VmSummary, ...]:
+        return ()
+
+
+async def test_a_damaged_record_is_its_own_vms_trouble(world: World) -> None:
+    kept = await running(world)
+    host_vms = HostVms(world.config, world.vms, cast(Runtime, NoOtherVms()), cast(Storage, world.disks))
+    half = b'{"vm":{"id":"id-2","name":"web02","memory_bytes":"much"}}'
+    for vm_id, value in (("id-1", b"\x00\xff"), ("id-2", half)):
+        world.records.put("vm", vm_id, value)
+    await world.vms.recover()
+    rows = {row.name: (row.id, row.state) for row in await host_vms.list()}
+    assert rows == {
+        "web01": (kept.vm.id, VmState.RUNNING),
+        "id-1": ("id-1", VmState.DAMAGED),
+        "web02": ("id-2", VmState.DAMAGED),
+    }
+    for name in ("web02", "id-1"):
+        with pytest.raises(HostError, match=r"id-\d") as refused:
+            await host_vms.show(name)
+        assert refused.value.code == "vm-record-damaged"
+    with pytest.raises(CallerError, match="web02"):
+        await host_vms.create(msgspec.structs.replace(SPEC, name="web02"))
+    with pytest.raises(CallerError, match="web02"):
+        await world.vms.define(msgspec.structs.replace(kept.vm, id="id-3", name="web02"))
+    assert (await host_vms.stop("web01", force=True, timeout_s=None)).state is VmState.STOPPED

@@ -63,8 +63,9 @@ class HostVms:
         await self.own.remove(name, keep_disks=keep_disks)
 
     async def list(self) -> tuple[VmSummary, ...]:
-        """Return every VM by name."""
-        found = (*await self.own.list(), *self.runtime.vms())
+        """Return every VM by name, those too whose record is damaged."""
+        damaged = self.own.records.damaged_rows(self._config.name)
+        found = (*await self.own.list(), *damaged, *self.runtime.vms())
         return tuple(sorted(found, key=lambda vm: (vm.name, vm.runtime)))
 
     async def show(self, name: str) -> VmDetails:

@@ -7,7 +7,7 @@ from kvmhv.config import Config, parse_networks
 from kvmhv.core import addresses
 from kvmhv.drivers import host
 from kvmhv.errors import HostError
-from kvmhv.model import Inventory, Location, Refusal, Vm, VmFacts
+from kvmhv.model import Address, Inventory, Location, Refusal, Vm, VmFacts
 from kvmhv.ports import Disks, Hypervisor, MigrationWays, Network
 
 
@@ -50,7 +50,6 @@ class Inventories:
         `dirty_rate`: wait until that of `running` is sampled; `pages`: see how far its memory shrinks. `arriving`: the
         VM of another program that is to come, `with_storage` with copies of its disks that are not shared here.
         """
-        settings = self._settings.current
         facts: VmFacts | None = None
         locations = await self._disks.locations()
         if running is not None:
@@ -61,7 +60,7 @@ class Inventories:
             facts = await self._hypervisor.facts(running, dirty_rate=dirty_rate, pages=pages)
         copied = _not_shared(arriving, locations) if arriving is not None and with_storage else ()
         other = await self._runtime.info(arriving, copied)
-        defined = self._vms.defined()
+        taken = self._vms.records.taken()
         return Inventory(
             host=self._config.name,
             host_id=self._host_id,
@@ -73,15 +72,20 @@ class Inventories:
             cpus=host.cpu_count(),
             locations=locations,
             switches=await self._network.switches(),
-            vm_names=tuple(vm.name for vm in defined),
-            vm_ids=tuple(vm.id for vm in defined),
-            migration_addresses=addresses.usable(
-                await self._network.addresses(), parse_networks(settings.networks), settings.use_any_network
-            ),
+            vm_names=tuple(vm.name for vm in taken),
+            vm_ids=tuple(vm.id for vm in taken),
+            migration_addresses=await self.migration_addresses(),
             mptcp=await self._ways.possible(),
             refusal=refusal,
             facts_of_vm=facts,
             runtimes={self._runtime.name: other} if other is not None else {},
+        )
+
+    async def migration_addresses(self) -> tuple[Address, ...]:
+        """Return this host's addresses that its settings let migration use now."""
+        settings = self._settings.current
+        return addresses.usable(
+            await self._network.addresses(), parse_networks(settings.networks), settings.use_any_network
         )
 
 

@@ -18,6 +18,7 @@ from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.link import Link
 from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.owners import Owners
+from kvmhv.agent.refusals import as_error, as_finding
 from kvmhv.agent.runner import Runner
 from kvmhv.agent.settings import Settings, rule_of, with_option
 from kvmhv.agent.sharing import Sharing
@@ -30,7 +31,7 @@ from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState, TargetStep
 from kvmhv.errors import CallerError, KvmhvError, MoveFailed, PeerBroke, Refused
 from kvmhv.messages import Answer, Enquire, Offer, Proof
-from kvmhv.model import Asked, Finding, Inventory, MoveReport, MoveRequest, Refusal, Rule, Severity, Vm
+from kvmhv.model import Asked, Inventory, MoveReport, MoveRequest, Refusal, Rule, Severity, Vm
 from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
@@ -87,7 +88,7 @@ class Moves:
         here, there = await self._prove(here, vm, request)
         findings = (checks_steered.check if vm.runtime else checks.check)(vm, request, here, there)
         refusals = [self._admit_out(vm, request), there.refusal]
-        findings = (*(_as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
+        findings = (*(as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
         if any(finding.severity is Severity.ERROR for finding in findings):
             return CheckReport(findings=findings, refused=any(refusals))
         rule = rule_of(self._settings.current, request)
@@ -117,7 +118,7 @@ class Moves:
         past = self._experience(vm, request, rule)
         refusal = self._admit_out(vm, request)
         if refusal is not None:
-            raise _as_error(refusal)
+            raise as_error(refusal)
         move_id = str(uuid.uuid4())
         self._vms.claim(vm.name, move_id)
         try:
@@ -294,17 +295,21 @@ class Moves:
         )
         return Answer(inventory=inventory, proofs=tuple(written))
 
-    async def _accept(self, connection: PeerConnection, hello: Hello, offer: Offer, link: Link) -> Runner:
-        """Let an offer in, or raise why not; nothing is allocated before."""
+    async def _accept(self, connection: PeerConnection, hello: Hello, offer: Offer, link: Link) -> Runner | None:
+        """Let an offer in, or raise why not; nothing is allocated before. None: it has come already, another way."""
+        usable = await self._inventories.migration_addresses()
+        if self._open.find(hello.move_id, TARGET) or self._ended(hello.move_id, connection.peer_name):
+            return None
         refusal = self._admit_in(connection, with_storage=bool(offer.plan.disk_copies))
+        refusal = refusal or admission.admit_addresses(offer.plan, self._config.name, connection.peer_name, usable)
         vm = offer.plan.target_vm
         if refusal is not None:
-            error = _as_error(refusal)
+            error = as_error(refusal)
             self._chronicle.refused("in", error, events.move_refused_in(connection.peer_name, vm.name, error))
             raise error
         if offer.epoch != vm.epoch:
             raise PeerBroke("protocol-order", "the offer's epoch is not the VM's", host=connection.peer_name)
-        if any(known.id == vm.id for known in self._vms.defined()):
+        if any(known.id == vm.id for known in self._vms.records.taken()):
             raise CallerError("id-taken", f"{self._config.name} has this VM already", host=self._config.name)
         self._vms.claim(vm.name, hello.move_id, None if vm.runtime else vm)
         state = TargetState(
@@ -383,16 +388,3 @@ class Moves:
             if report.id == move_id and other in (report.source, report.target):
                 return report
         return None
-
-
-def _as_error(refusal: Refusal) -> Refused:
-    todo = f"on {refusal.host}: kvmhv host set {refusal.setting}=..." if refusal.setting else ""
-    return Refused(refusal.code, refusal.text, todo, host=refusal.host)
-
-
-def _as_finding(refusal: Refusal) -> Finding:
-    error = _as_error(refusal)
-    about = refusal.setting or refusal.host
-    return Finding(
-        id=refusal.code, severity=Severity.ERROR, object=about, host=refusal.host, text=refusal.text, todo=error.todo
-    )

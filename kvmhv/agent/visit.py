@@ -32,7 +32,7 @@ class Visit:
         clock: Clock,
         ended: MoveReport | None,
         answer: Callable[[Enquire], Awaitable[Answer]],
-        accept: Callable[[Offer, Link], Awaitable[Runner]],
+        accept: Callable[[Offer, Link], Awaitable[Runner | None]],
     ) -> None:
         """`hello` is the visitor's; `ended` the report of the move if it has ended here."""
         self._connection = connection
@@ -87,6 +87,9 @@ class Visit:
             runner = await self._accept(message, self.link)
         except KvmhvError as error:
             self._refuse(message.epoch, error)
+            return
+        if runner is None:
+            await self.link.close()  # who connects again finds its move open
         else:
             self.link.attach(runner.connected, runner.lost, runner.heard)
 

@@ -72,7 +72,11 @@ class VmEnds:
 
     async def settle(self, vm_id: str) -> None:
         """Record why a VM's process has ended and remove its taps; nothing if it runs or a move has it."""
-        record = self._records.get(vm_id)
+        try:
+            record = self._records.get(vm_id)
+        except KvmhvError as error:  # damaged: nothing of it can be kept
+            log.warning("vm end not recorded", vm=vm_id, reason=str(error))
+            return
         if record is None:
             self.forget(vm_id)
             return

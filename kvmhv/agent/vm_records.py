@@ -1,9 +1,12 @@
-"""The durable record of each VM of this host: its definition, and whether it should be running."""
+"""The durable record of each VM of this host: its definition, and whether it should be running.
+
+A record that is damaged is its own VM's trouble: the others are listed and work as ever, and it keeps its name and id.
+"""
 
 import msgspec
 
 from kvmhv.errors import CallerError, HostError
-from kvmhv.model import Struct, Vm
+from kvmhv.model import Name, Struct, Vm, VmState, VmSummary
 from kvmhv.ports import Records
 
 KIND = "vm"
@@ -22,6 +25,21 @@ class VmRecord(Struct, frozen=True, kw_only=True):
     """Why its last QEMU ended, None if somebody asked for it."""
 
 
+class Identity(Struct, frozen=True, kw_only=True):
+    """How a VM is called; where its name cannot be read its id stands for it."""
+
+    id: str
+    name: str
+
+
+class _VmNamed(Struct, frozen=True, kw_only=True):
+    name: Name
+
+
+class _Named(Struct, frozen=True, kw_only=True):
+    vm: _VmNamed
+
+
 class VmRecords:
     """VM records over ports.Records."""
 
@@ -29,15 +47,34 @@ class VmRecords:
         self._records = records
 
     def all(self) -> tuple[VmRecord, ...]:
-        """Every VM of this host, by name."""
-        found = [_decode(key, value) for key, value in self._records.all(KIND)]
-        return tuple(sorted(found, key=lambda record: record.vm.name))
+        """Every VM of this host whose record can be read, by name."""
+        read = (_read(value) for _, value in self._records.all(KIND))
+        return tuple(sorted((record for record in read if record is not None), key=lambda record: record.vm.name))
+
+    def damaged(self) -> tuple[Identity, ...]:
+        """Every VM of this host whose record cannot be read."""
+        rows = self._records.all(KIND)
+        return tuple(Identity(id=key, name=_name_in(value) or key) for key, value in rows if _read(value) is None)
+
+    def damaged_rows(self, host: str) -> tuple[VmSummary, ...]:
+        """Return them as `vm list` shows them."""
+        return tuple(
+            VmSummary(name=vm.name, id=vm.id, state=VmState.DAMAGED, host=host, memory_bytes=0, cpus=0)
+            for vm in self.damaged()
+        )
+
+    def taken(self) -> tuple[Identity, ...]:
+        """Id and name of every VM of this host: nobody else may have them here."""
+        return (*(Identity(id=record.vm.id, name=record.vm.name) for record in self.all()), *self.damaged())
 
     def named(self, name: str) -> VmRecord:
-        """Return a VM's record. Raises CallerError `vm-unknown`."""
+        """Return a VM's record. Raises CallerError `vm-unknown`, HostError `vm-record-damaged`."""
         for record in self.all():
             if record.vm.name == name:
                 return record
+        for damaged in self.damaged():
+            if name in (damaged.name, damaged.id):
+                raise _damaged(damaged.id)
         shown = name if len(name) <= 64 else f"{name[:64]}..."
         raise CallerError(
             "vm-unknown", f"there is no VM {shown!r} on this host", "see `kvmhv vm list`", http_status=404
@@ -58,9 +95,30 @@ class VmRecords:
 
 
 def _decode(vm_id: str, value: bytes) -> VmRecord:
+    record = _read(value)
+    if record is None:
+        raise _damaged(vm_id)
+    return record
+
+
+def _read(value: bytes) -> VmRecord | None:
     try:
         return msgspec.json.decode(value, type=VmRecord)
-    except msgspec.MsgspecError as error:
-        raise HostError(
-            "database", f"the record of VM {vm_id} cannot be read: {error}", "was it written by a newer kvmhv?"
-        ) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _name_in(value: bytes) -> str | None:
+    """Return the VM's name, if as much as that can be read."""
+    try:
+        return msgspec.json.decode(value, type=_Named).vm.name
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _damaged(vm_id: str) -> HostError:
+    return HostError(
+        "vm-record-damaged",
+        f"the record of VM {vm_id} cannot be read",
+        "if a newer kvmhv wrote it, install that again; else put state_dir back from a backup; see docs/errors.md",
+    )

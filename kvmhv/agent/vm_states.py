@@ -58,6 +58,7 @@ class VmStates:
         arriving = {vm.id: vm for vm in self._moving() if vm.id not in defined and not vm.runtime}
         shown = [self._summary(vm, self._known.get(vm.id, VmState.STOPPED)) for vm in defined.values()]
         shown += [self._summary(vm, VmState.INCOMING) for vm in arriving.values()]
+        shown += self._vms.records.damaged_rows(self._host)
         return tuple(sorted((*shown, *others), key=lambda vm: vm.name))
 
     def _others(self) -> tuple[VmSummary, ...]:

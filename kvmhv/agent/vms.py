@@ -47,7 +47,7 @@ class Vms:
         owners: Owners | None = None,
     ) -> None:
         self._config = config
-        self._records = VmRecords(records)
+        self._records = self.records = VmRecords(records)
         self._hypervisor = hypervisor
         self._locations = disks
         self._disks = self.disks = VmDisks(records, disks, images, owners)
@@ -91,7 +91,7 @@ class Vms:
         """
         vm_spec.check_name(spec.name)
         async with self._claims.operation(spec.name, "create"):
-            defined = len(self._records.all())
+            defined = len(self._records.taken())
             if defined >= self._config.limits.vms:
                 raise Refused("vm-limit", f"this host has {defined} VMs, its limit (limits.vms)", "remove one")
             if spec.image is not None:
@@ -218,7 +218,7 @@ class Vms:
 
         Raises CallerError `vm-exists` if another VM has its name.
         """
-        if any(record.vm.name == vm.name and record.vm.id != vm.id for record in self._records.all()):
+        if any(other.name == vm.name and other.id != vm.id for other in self._records.taken()):
             raise CallerError("vm-exists", f"there is another VM {vm.name!r} here", "rename one", http_status=409)
         before = self._records.get(vm.id)
         started_at = before.started_at if before is not None and before.should_run else time.time()
@@ -333,7 +333,7 @@ class Vms:
             cpu_models=tuple(qemu.cpu_models),
             switches=await self._network.switches(),
             locations=tuple(location.name for location in await self._locations.locations()),
-            vm_names=(*(vm.name for vm in vms), *self._claims.names()),
+            vm_names=(*(vm.name for vm in self._records.taken()), *self._claims.names()),
             macs=tuple(nic.mac for vm in vms for nic in vm.nics),
         )
 

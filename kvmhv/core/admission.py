@@ -2,7 +2,7 @@
 
 import ipaddress
 
-from kvmhv.model import HostSettings, Refusal, Struct
+from kvmhv.model import Address, HostSettings, Plan, Refusal, Struct
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -38,6 +38,31 @@ def admit_in(
     if load.moves_in >= settings.moves_in:
         return _limit(host, "migration.moves_in", "incoming moves", load.moves_in, settings.moves_in)
     return _storage(settings, host, load) if with_storage else None
+
+
+def admit_addresses(plan: Plan, host: str, source: str, usable: tuple[Address, ...]) -> Refusal | None:
+    """Return why this host does not listen where an offer says, None if it does.
+
+    The source has chosen from what this host named; its settings may have changed since, or the source means harm.
+    """
+    ours = {ipaddress.ip_address(address.ip) for address in usable}
+    for ip in (plan.target_address, *(there for _, there in plan.more_networks)):
+        if not _is_one_of(ip, ours):
+            return Refusal(
+                code="address-not-allowed",
+                host=host,
+                setting="migration.networks",
+                text=f"{source} would migrate to {ip}, which is no address of {host} that its settings let migration "
+                "use",
+            )
+    return None
+
+
+def _is_one_of(ip: str, addresses: set[ipaddress.IPv4Address | ipaddress.IPv6Address]) -> bool:
+    try:
+        return ipaddress.ip_address(ip) in addresses
+    except ValueError:  # the wire lets all pass that looks like one
+        return False
 
 
 def admit_storage(settings: HostSettings, host: str, load: Load) -> Refusal | None:
