@@ -1,31 +1,23 @@
-"""The connection to an SMB server that smb_mount.py serves a share from: made anew when it is lost, used with credit.
+"""The share that smb_mount.py serves: its operations are repeated on a new connection when theirs is lost.
 
-Nothing is sent without the server's credit; what was not sent is tried again and is no lost connection, and neither is
-an answer that says no.
+An answer that says no is no lost connection.
 """
 
-import contextlib
 import errno
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import msgspec
-import smbclient
-from smbprotocol.exceptions import SMBException, SMBOSError, SMBResponseException
+from smbprotocol.exceptions import SMBOSError, SMBResponseException
+
+from kvmhv.drivers.storage.smb_connection import Connections, connect
 
 AGAIN_S = 0.5
-SILENCE_MS = 15_000
-"""A server that acknowledges nothing for so long is taken for gone; the connection is made anew."""
-CONNECT_S = 10
-CREDITS_SAY = "credits are available"
-CREDITS_AGAIN_S = 0.002
-REQUESTS_AT_ONCE = 16
-"""Fewer than the credits that a server gives to begin with: a request without credit is none."""
 SESSION_LOST = frozenset({0xC0000203, 0xC000035C, 0xC00000C9, 0xC0000128, 0xC000020C, 0xC0000008})
 """USER_SESSION_DELETED, NETWORK_SESSION_EXPIRED, NETWORK_NAME_DELETED, FILE_CLOSED, CONNECTION_DISCONNECTED, ..."""
 
@@ -61,28 +53,17 @@ class Share:
     def __init__(self, config: MountFile) -> None:
         self._config = config
         self._lock = threading.Lock()
-        self._cache: dict[str, Any] = {}
-        self._requests = threading.BoundedSemaphore(REQUESTS_AT_ONCE)
+        self._connections = Connections()
+        self._client = uuid4()
+        self._session_id = 0
         self.generation = 0
 
     def connect(self) -> None:
-        """Connect and log in. Raises OSError or SMBException."""
+        """Connect and log in. Raises OSError, SMBException or ValueError."""
         config = self._config
-        session = smbclient.register_session(
-            config.server,
-            username=config.user,
-            password=Path(config.secret_file).read_text(),
-            port=config.port,
-            encrypt=True,
-            connection_timeout=CONNECT_S,
-            auth_protocol="ntlm",
-            connection_cache=self._cache,
-        )
-        connected = session.connection.transport._sock
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, seconds in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 2)):
-            connected.setsockopt(socket.IPPROTO_TCP, option, seconds)
+        password = Path(config.secret_file).read_text()
+        made = connect(config.server, config.port, config.user, password, self._client, self._session_id)
+        self._connections, self._session_id = made
 
     def remote(self, path: str) -> str:
         """Return the UNC path of a path below the mount point."""
@@ -90,7 +71,7 @@ class Share:
 
     def options(self) -> dict[str, Any]:
         """What every call of smbclient needs to use this connection."""
-        return {"port": self._config.port, "connection_cache": self._cache}
+        return {"port": self._config.port, "connection_cache": self._connections}
 
     def again(self, operation: Callable[[bool], Result]) -> Result:
         """Do it, on new connections for as long as the patience lasts; `operation` is told whether it is a repeat."""
@@ -100,18 +81,14 @@ class Share:
             with self._lock:  # not while the connection is being made
                 generation = self.generation
             try:
-                with self._requests:
-                    return operation(repeated)
+                return operation(repeated)
             except (SMBOSError, SMBResponseException) as error:  # the server has answered
                 status = error.ntstatus if isinstance(error, SMBOSError) else error.status
                 if status not in SESSION_LOST:
                     raise _answered(error, status) from error
                 said: Exception = error
-            except (SMBException, OSError, ValueError) as error:  # ValueError: a message cut short
+            except Exception as error:  # a connection that ends under smbprotocol can be any error
                 said = error
-                if CREDITS_SAY in str(error):  # nothing was sent
-                    time.sleep(CREDITS_AGAIN_S)
-                    continue
             if time.monotonic() > deadline:
                 say(f"given up: {said!r}")
                 raise OSError(errno.EIO, str(said))
@@ -125,21 +102,14 @@ class Share:
             if self.generation != generation:
                 return  # somebody else has
             say(f"connection lost: {why!r}")
-            self._drop()
+            self._connections.close()
             try:
                 self.connect()
-            except (SMBException, OSError, ValueError):
+            except Exception:
                 time.sleep(AGAIN_S)
                 return
             self.generation += 1
             say("connected again")
-
-    def _drop(self) -> None:
-        """Close the connection without a word over it: the server closes every file that was open on it."""
-        for connection in self._cache.values():
-            with contextlib.suppress(SMBException, OSError, ValueError):
-                connection.disconnect(close=False)
-        self._cache.clear()
 
 
 def _answered(error: Exception, status: int) -> OSError:
