@@ -60,7 +60,7 @@ def test_a_lock_that_nobody_lets_go_is_named(volume: DirectoryVolume, monkeypatc
 
 @pytest.mark.parametrize("path", ["", "x", "1", "-1", "99999", "2/3", "\u0662"])
 def test_a_lun_for_a_disk_is_a_number_and_not_the_records_lun(path: str) -> None:
-    volume = LunVolume(Lun(portal="p:3260", target="iqn", lun=1, initiator="iqn"), "")
+    volume = LunVolume(Lun(portal="p:3260", target="iqn", lun=1, initiator="iqn"), "", lambda _record: True)
     with pytest.raises(OSError, match="no number"):
         volume.place(path)
     assert volume.place("2") == Lun(portal="p:3260", target="iqn", lun=2, initiator="iqn")

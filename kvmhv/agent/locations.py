@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ import structlog
 from kvmhv.agent import events
 from kvmhv.agent.vm_records import VmRecords
 from kvmhv.config import Config
+from kvmhv.core import ownership
 from kvmhv.core.vm_spec import check_name
 from kvmhv.drivers.storage import mounts
 from kvmhv.drivers.storage.storage import Attached, Storage
@@ -254,7 +256,8 @@ class Locations:
             user=spec.user,
             secret_file=str(secret_file) if spec.user else "",
         )
-        return LunVolume(lun, secret_file.read_text() if spec.user else "")
+        is_own = partial(ownership.is_of, host_id=self._host_id)
+        return LunVolume(lun, secret_file.read_text() if spec.user else "", is_own)
 
     async def _try(self, name: str) -> None:
         """Write a record and read it again; tells a read-only export, a wrong password, a full share."""

@@ -17,7 +17,7 @@ from kvmhv.drivers.host import boot_id
 from kvmhv.drivers.storage.storage import Storage
 from kvmhv.drivers.storage.volumes import Volume
 from kvmhv.errors import HostError, KvmhvError, Refused
-from kvmhv.model import Disk, Vm
+from kvmhv.model import Disk, Epoch, Layer, Vm
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +70,47 @@ class Owners:
                 layer = disk.layers[0]
                 await self._storage.ask(layer.location, partial(volume.break_lock, volume.owner_record(layer.path)))
         await self._change(vm, change, mends=take_over)
+
+    async def claim_to_remove(self, vm: Vm) -> None:
+        """Own the VM's shared disks before they are deleted here, so that no host starts it meanwhile.
+
+        Raises as claim().
+        """
+        mine = ownership.claimed(vm, self._host, self._host_id, boot_id())
+
+        def change(found: Owner | None, place: str) -> Owner | None:
+            refusal = ownership.may_delete(found, vm, self._host_id, place)
+            if refusal is not None:
+                todo = f"`kvmhv vm remove {vm.name} --keep-disks` forgets this host's copy and leaves the disks alone"
+                raise Refused(refusal.code, refusal.text, todo, http_status=409)
+            return None if found is None else mine
+
+        await self._change(vm, change)
+
+    async def take(self, layer: Layer, vm_id: str, vm_name: str, epoch: Epoch) -> None:
+        """Own a LUN that nobody owns, before anything is written to it: of two hosts exactly one does.
+
+        Raises Refused `disk-owned`, `owner-unreadable`; HostError as Storage.ask.
+        """
+        mine = Owner(
+            vm_id=vm_id,
+            vm=vm_name,
+            host=self._host,
+            host_id=self._host_id,
+            boot_id=boot_id(),
+            epoch=epoch,
+            held=False,
+        )
+
+        def change(found: Owner | None, place: str) -> Owner:
+            if found is not None:
+                refusal = ownership.belongs(found, place)
+                raise Refused(refusal.code, refusal.text, "take another LUN, or remove that VM", http_status=409)
+            return mine
+
+        volume = self._storage.volume(layer.location)
+        assert volume is not None, "LUNs are seen by every host"
+        await self._change_one(layer, volume, change, mends=False)
 
     async def let_go(self, vm: Vm) -> None:
         """The VM was stopped here: it may be started on any host. A storage that does not answer is only logged."""
@@ -153,10 +194,9 @@ class Owners:
         lock = self._locks.setdefault(vm.id, asyncio.Lock())
         async with lock:
             for disk, volume in self._disks(vm, names):
-                await self._change_one(disk, volume, change, mends=mends)
+                await self._change_one(disk.layers[0], volume, change, mends=mends)
 
-    async def _change_one(self, disk: Disk, volume: Volume, change: Change, *, mends: bool) -> None:
-        layer = disk.layers[0]
+    async def _change_one(self, layer: Layer, volume: Volume, change: Change, *, mends: bool) -> None:
         name, place = volume.owner_record(layer.path), f"{layer.location}/{layer.path}"
         for _ in range(TRIES):
             old = await self._storage.ask(layer.location, lambda: volume.read_record(name))

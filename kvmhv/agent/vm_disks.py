@@ -17,8 +17,8 @@ from kvmhv.agent.owners import Owners
 from kvmhv.agent.vm_records import VmRecords
 from kvmhv.core.vm_spec import belongs_to_vm, check_disk_size, layer_path
 from kvmhv.drivers.storage.qemu_img import CHAIN_MAX, ImageFile
-from kvmhv.errors import CallerError, HostError, KvmhvError
-from kvmhv.model import Disk, DiskFormat, DiskSpec, Layer, Struct, Vm, VmSpec
+from kvmhv.errors import CallerError, KvmhvError
+from kvmhv.model import Disk, DiskFormat, DiskSpec, Epoch, Layer, Struct, Vm, VmSpec
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Disks, Records
 
@@ -26,6 +26,10 @@ log = structlog.get_logger(__name__)
 
 KIND = "disks-made"
 DEFAULT_LOCATION = "default"
+OF_OTHERS = ("file-exists", "disk-owned", "owner-unreadable")
+"""What the making of an image says when something of somebody else's is there."""
+
+Making = Callable[[], Awaitable[None]]
 
 
 class ImageDisks(Disks, Protocol):
@@ -109,7 +113,10 @@ class VmDisks:
                 backing: Layer | None = None
                 for layer in reversed(disk.layers):
                     size_bytes = layer.size_bytes or disk.size_bytes
-                    await self._make(key, layer, partial(self._disks.create, layer, size_bytes, backing))
+                    making = partial(self._disks.create, layer, size_bytes, backing)
+                    if self._disks.has_luns(layer.location):
+                        making = partial(self._take_lun, layer, vm.id, vm.name, vm.epoch, making)
+                    await self._make(key, layer, making)
                     backing = layer
         except BaseException:
             await self.undo(key)
@@ -195,6 +202,11 @@ class VmDisks:
         if self._owners is not None:
             await self._owners.claim(vm, take_over=take_over)
 
+    async def claim_to_remove(self, vm: Vm) -> None:
+        """Own them before they are deleted. Raises as Owners.claim_to_remove."""
+        if self._owners is not None:
+            await self._owners.claim_to_remove(vm)
+
     async def let_go(self, vm: Vm) -> None:
         """The VM was stopped: any host may start it."""
         if self._owners is not None:
@@ -221,7 +233,7 @@ class VmDisks:
         location = spec.location or DEFAULT_LOCATION
         kind = spec.format or DiskFormat.QCOW2
         if spec.lun is not None or self._disks.has_luns(location):
-            return await self._make_on_lun(vm_id, name, spec, location)
+            return await self._make_on_lun(vm_id, vm_name, name, spec, location)
         if spec.file is not None:
             chain = await self._described(spec.file, spec.format)
             check_disk_size(name, chain[0].size_bytes)
@@ -248,7 +260,9 @@ class VmDisks:
         await self._make(vm_id, top, partial(self._disks.create, top, size_bytes, layers[0]))
         return size_bytes, (top, *layers)
 
-    async def _make_on_lun(self, vm_id: str, name: str, spec: DiskSpec, location: str) -> tuple[int, tuple[Layer, ...]]:
+    async def _make_on_lun(
+        self, vm_id: str, vm_name: str, name: str, spec: DiskSpec, location: str
+    ) -> tuple[int, tuple[Layer, ...]]:
         """Take a LUN as it is, or write an empty image or a copy onto it: only if nobody owns it."""
         if spec.lun is None or not self._disks.has_luns(location):
             text = f"{name}: lun= and a location of kind iscsi go together"
@@ -256,17 +270,18 @@ class VmDisks:
         if spec.file is not None or spec.backing is not None:
             raise CallerError("disk-spec-invalid", f"{name}: file= and backing= cannot be on a LUN", "use image=")
         image = None if spec.image is None else self._images.disk(spec.image)
-        empty = image is None and spec.size_bytes is None
         kind = spec.format or (image.format if image is not None else DiskFormat.RAW)
         top = Layer(location=location, path=str(spec.lun), format=kind)
         self._refuse_shared(top, written=True)
         if await self._disks.exists(top):
             text = f"LUN {spec.lun} of {location} belongs to a VM"
             raise CallerError("disk-in-use", text, "take another LUN", http_status=409)
+        making: Making | None = None
         if image is not None:
-            await self._make(vm_id, top, partial(self._disks.flatten, (image,), top))
-        elif not empty:
-            await self._make(vm_id, top, partial(self._disks.create, top, spec.size_bytes or 0, None))
+            making = partial(self._disks.flatten, (image,), top)
+        elif spec.size_bytes is not None:
+            making = partial(self._disks.create, top, spec.size_bytes, None)
+        await self._make(vm_id, top, partial(self._take_lun, top, vm_id, vm_name, 0, making))
         # A raw LUN is as large as it is: the same on every host.
         size_bytes = await self._disks.lun_size(top)
         check_disk_size(name, size_bytes)
@@ -329,7 +344,14 @@ class VmDisks:
                             http_status=409,
                         )
 
-    async def _make(self, vm_id: str, layer: Layer, making: Callable[[], Awaitable[None]]) -> None:
+    async def _take_lun(self, layer: Layer, vm_id: str, vm_name: str, epoch: Epoch, making: Making | None) -> None:
+        """Own a LUN, then make what is to stand on it (None: it stays as it is)."""
+        if self._owners is not None:
+            await self._owners.take(layer, vm_id, vm_name, epoch)
+        if making is not None:
+            await making()
+
+    async def _make(self, vm_id: str, layer: Layer, making: Making) -> None:
         """Make one file, written down before it is there: an agent that dies here can still undo it."""
         before = self._read(vm_id) or Ledger()
         if not await self._disks.exists(layer):
@@ -337,7 +359,7 @@ class VmDisks:
         try:
             await making()
         except KvmhvError as error:
-            if isinstance(error, HostError) and error.code == "file-exists":
+            if error.code in OF_OTHERS:
                 self._write(vm_id, before)  # it is somebody else's
             raise
 

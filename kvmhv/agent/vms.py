@@ -163,7 +163,7 @@ class Vms:
     async def remove(self, name: str, *, keep_disks: bool) -> None:
         """Forget a stopped VM with its kernel files, and delete its own disks unless they are to be kept.
 
-        Raises CallerError `vm-running`. Can be repeated after an error.
+        Raises CallerError `vm-running`; Refused as Owners.claim_to_remove. Can be repeated after an error.
         """
         async with self._claims.operation(name, "remove"):
             record = self._records.named(name)
@@ -174,6 +174,7 @@ class Vms:
             await self._hypervisor.kill(record.vm.id)
             await self.drop_taps(record.vm)
             if not keep_disks:
+                await self._disks.claim_to_remove(record.vm)
                 await self._disks.remove(record.vm, None)
             await self.forget(record.vm.id)
 

@@ -49,6 +49,12 @@ def decode(content: bytes) -> Owner | None:
         return None
 
 
+def is_of(content: bytes, host_id: str) -> bool:
+    """Whether a record's bytes name this host."""
+    owner = decode(content)
+    return owner is not None and owner.host_id == host_id
+
+
 def claimed(vm: Vm, host: str, host_id: str, boot_id: str) -> Owner:
     """Return the record of a host that runs the VM."""
     return Owner(vm_id=vm.id, vm=vm.name, host=host, host_id=host_id, boot_id=boot_id, epoch=vm.epoch)
@@ -62,8 +68,7 @@ def may_claim(found: Owner | None, vm: Vm, host_id: str, place: str) -> Refusal 
     if found is None:
         return None
     if found.vm_id != vm.id and found.held:
-        text = f"{place} belongs to the VM {found.vm} of {found.host} ({found.vm_id})"
-        return Refusal(code="disk-owned", text=text)
+        return belongs(found, place)
     if found.moving_to is not None:
         text = f"{place}: {found.vm} is moving from {found.host} (epoch {found.epoch}) to {found.moving_to}"
         return Refusal(code="vm-moving", text=text)
@@ -74,6 +79,18 @@ def may_claim(found: Owner | None, vm: Vm, host_id: str, place: str) -> Refusal 
         text = f"{place}: {found.vm} has moved on (epoch {found.epoch}, this host's copy is of epoch {vm.epoch})"
         return Refusal(code="vm-copy-stale", text=text)
     return None
+
+
+def belongs(found: Owner, place: str) -> Refusal:
+    """Say that a disk is another VM's."""
+    return Refusal(code="disk-owned", text=f"{place} belongs to the VM {found.vm} of {found.host} ({found.vm_id})")
+
+
+def may_delete(found: Owner | None, vm: Vm, host_id: str, place: str) -> Refusal | None:
+    """Say why this host may not delete the disk, None if it may: it may start the VM, and no other was on it last."""
+    if found is not None and found.vm_id != vm.id:
+        return belongs(found, place)
+    return may_claim(found, vm, host_id, place)
 
 
 def let_go(found: Owner | None, vm: Vm, host: str, host_id: str, boot_id: str) -> Owner | None:

@@ -263,7 +263,7 @@ def test_a_disk_changes_its_location_while_the_vm_moves(site: Site) -> None:
         writer.goes_on()
 
 
-@pytest.mark.parametrize("disk_format", ["raw"])
+@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
 def test_a_disk_goes_round_all_kinds_of_places_under_a_writing_guest(site: Site, disk_format: str) -> None:
     with writing(site, "nfs", disk_format, "16M") as writer:
         for place in ("smb", "default", "iscsi", "default", "nfs"):
@@ -299,8 +299,29 @@ def test_a_vm_on_shared_storage_runs_once(site: Site, kind: str) -> None:
             site.b.host.boot()
         stale = site.b.run("vm", "start", "web01")
         assert (stale.status, stale.json["error"]["code"]) == (4, "vm-owned-elsewhere")
+        kept = site.b.run("vm", "remove", "web01")
+        assert (kept.status, kept.json["error"]["code"]) == (4, "vm-owned-elsewhere"), kept
         site.b.kvmhv("vm", "remove", "web01", "--keep-disks")
+        assert site.owner(kind)["host"] == "host1"
+        assert site.copy_of_the_server(kind, "raw").exists()
         assert site.a.show()["state"] == "running"
+
+
+def test_of_two_hosts_that_take_one_lun_at_once_one_has_it(site: Site) -> None:
+    words = ["kvmhv", "vm", "create", "web01", "--memory", "96M", "--json"]
+    for _ in range(3):
+        disk = ["--disk", site.disk("iscsi", "qcow2", "16M")]
+        taking = [
+            subprocess.Popen(side.host.argv([*words, *disk]), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            for side in (site.a, site.b)
+        ]
+        said = [json.loads(one.communicate(timeout=120)[0]) for one in taking]
+        (winner,) = (side for side, answer in zip((site.a, site.b), said, strict=True) if "error" not in answer)
+        (loser,) = (answer for answer in said if "error" in answer)
+        assert loser["error"]["code"] in ("disk-owned", "disk-in-use"), loser
+        owner = site.owner("iscsi")
+        assert (owner["host"], owner["vm_id"], owner["held"]) == (winner.name, winner.show()["vm"]["id"], False)
+        winner.kvmhv("vm", "remove", "web01")
 
 
 def _put_back(site: Site, report: dict[str, Any]) -> None:

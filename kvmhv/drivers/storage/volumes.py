@@ -67,7 +67,10 @@ class ImageVolume(Volume, Protocol):
         ...
 
     def reserve(self, path: str, head: bytes, size_bytes: int) -> None:
-        """Make an image of this length that begins with `head`. Raises FileExistsError; ENOSPC: a LUN is too small."""
+        """Make an image of this length that begins with `head`. Raises FileExistsError; ENOSPC: a LUN is too small.
+
+        A LUN is there already: whoever makes an image on it owns it before.
+        """
         ...
 
     def used(self, path: str) -> int:
@@ -75,7 +78,7 @@ class ImageVolume(Volume, Protocol):
         ...
 
     def remove(self, path: str) -> None:
-        """Remove an image (a LUN's content stays), no error if it is gone."""
+        """Remove an image (a LUN's content stays, and so does a record of another host), no error if it is gone."""
         ...
 
 
@@ -274,10 +277,11 @@ class LunVolume:
     FIRST_NONCE, NONCES = 4096, 1024
     """Blocks below are owners' records, by LUN."""
 
-    def __init__(self, lun: Lun, secret: str) -> None:
-        """`lun`: the records LUN."""
+    def __init__(self, lun: Lun, secret: str, is_own: Callable[[bytes], bool]) -> None:
+        """`lun`: the records LUN; `is_own`: whether a record is of this host."""
         self._records = lun
         self._secret = secret
+        self._is_own = is_own
 
     @contextmanager
     def _connected(self) -> Iterator[iscsi.Target]:
@@ -371,9 +375,7 @@ class LunVolume:
         return self.read_record(path) is not None
 
     def reserve(self, path: str, head: bytes, size_bytes: int) -> None:
-        """Check that nobody owns the LUN and that it is large enough; what is to stand on it is QEMU's to write."""
-        if self.exists(path):
-            raise FileExistsError(errno.EEXIST, f"LUN {path} has an owner")
+        """Check that the LUN is large enough; what is to stand on it is QEMU's to write."""
         if self.capacity(path) < max(size_bytes, len(head)):
             raise OSError(errno.ENOSPC, f"LUN {path} has {self.capacity(path)} bytes, {size_bytes} are needed")
 
@@ -382,8 +384,8 @@ class LunVolume:
         return self.capacity(path)
 
     def remove(self, path: str) -> None:
-        """Let the LUN go: its content stays, its record goes."""
+        """Let the LUN go: its content stays, its record goes if it is this host's."""
         name = str(self._lun(path))
         old = self.read_record(name)
-        if old is not None:
+        if old is not None and self._is_own(old):
             self.swap_record(name, old, None)
