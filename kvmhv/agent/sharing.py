@@ -17,7 +17,7 @@ import msgspec
 
 from kvmhv.drivers.storage.storage import Storage
 from kvmhv.drivers.storage.volumes import Volume
-from kvmhv.errors import KvmhvError
+from kvmhv.errors import HostError, KvmhvError
 from kvmhv.messages import Nonce, Proof
 from kvmhv.model import Inventory, Struct, Vm
 from kvmhv.ports import Records
@@ -25,6 +25,7 @@ from kvmhv.ports import Records
 KIND = "proof"
 PREFIX = ".kvmhv-proof-"
 LOCATIONS_MAX = 16
+TRIES = 5
 READ_S = 30.0
 """So long the source may take to read what the target has written; then the target removes it itself."""
 
@@ -69,9 +70,8 @@ class Sharing:
         """Write a nonce at each of the VM's locations; one that cannot be written is kept as failed."""
         nonces, contents, failed = [], {}, {}
         for location in self.locations(vm):
-            name, content = _fresh()
             try:
-                await self._write(location, name, content)
+                name, content = await self._write(location)
             except KvmhvError as error:
                 failed[location] = error.message
             else:
@@ -149,10 +149,9 @@ class Sharing:
         if self._storage.volume(nonce.location) is None or not nonce.name.startswith(PREFIX) or "/" in nonce.name:
             return Proof(location=nonce.location, error="it has no location of that name that other hosts may see")
         volume = self._volume(nonce.location)
-        name, content = _fresh()
         try:
             read = await self._storage.ask(nonce.location, lambda: volume.read_record(nonce.name))
-            await self._write(nonce.location, name, content)
+            name, content = await self._write(nonce.location)
             identities = await self._identities(vm, nonce.location)
         except KvmhvError as error:
             return Proof(location=nonce.location, error=error.message)
@@ -171,11 +170,20 @@ class Sharing:
         assert volume is not None, "asked for of shareable locations only"
         return volume
 
-    async def _write(self, location: str, name: str, content: bytes) -> None:
-        """Write a nonce. It is noted before, so that an agent that dies leaves it only until the next one starts."""
+    async def _write(self, location: str) -> tuple[str, bytes]:
+        """Write a nonce and return its name and content; two names may mean the same block of a records LUN.
+
+        It is noted before, so that an agent that dies leaves it only until the next one starts.
+        """
         volume = self._volume(location)
-        self._records.put(KIND, f"{location}/{name}", b"")
-        await self._storage.ask(location, lambda: volume.swap_record(name, None, content))
+        for _ in range(TRIES):
+            name, content = PREFIX + secrets.token_hex(8), secrets.token_hex(16).encode()
+            self._records.put(KIND, f"{location}/{name}", b"")
+            if await self._storage.ask(location, partial(volume.swap_record, name, None, content)):
+                return name, content
+            self._records.delete(KIND, f"{location}/{name}")
+        text = f"{location}: there is no room among its records"
+        raise HostError("location-full", text, "does anything else write to its records LUN?")
 
     async def _remove(self, location: str, name: str) -> None:
         volume = self._storage.volume(location)
@@ -194,7 +202,3 @@ def _remove_record(volume: Volume, name: str) -> None:
     content = volume.read_record(name)
     if content is not None:
         volume.swap_record(name, content, None)
-
-
-def _fresh() -> tuple[str, bytes]:
-    return PREFIX + secrets.token_hex(8), secrets.token_hex(16).encode()
