@@ -204,6 +204,7 @@ async def _settled(both: Pair) -> None:
         "the move's key is gone", lambda: not (directory / "keys").exists() and not (directory / "seal.json").exists()
     )
     nodes = {node["node-name"]: node for node in await both.target.query(both.vm, "query-named-block-nodes", flat=True)}
+    assert {node["active"] for node in nodes.values()} == {True}
     assert not nodes.pop("disk0")["ro"]
     backing = {name: node["ro"] for name, node in nodes.items() if re.fullmatch(r"disk0-b\d+", name)}
     assert backing == dict.fromkeys(backing, True)
@@ -212,8 +213,9 @@ async def _settled(both: Pair) -> None:
         str(both.target.paths(both.vm)["disk0"][0])
     }
     assert await both.target.query(both.vm, "query-block-exports") == []
-    source = [node["node-name"] for node in await both.source.query(both.vm, "query-named-block-nodes", flat=True)]
-    assert [name for name in source if name.startswith(("target-", "copy-"))] == []
+    left = {node["node-name"]: node for node in await both.source.query(both.vm, "query-named-block-nodes", flat=True)}
+    assert {node["active"] for node in left.values()} == {False}
+    assert [name for name in left if name.startswith(("target-", "copy-"))] == []
     assert await both.source.query(both.vm, "query-jobs") == []
     state = await both.target.qemu.state(both.vm.id)
     assert (state.status, state.ever_ran) == ("running", True)
