@@ -44,16 +44,16 @@ class IoWatch:
         self._vms = vms
         self._moves = moves
         self._seen: dict[str, dict[str, Waiting]] = {}
-        self._told: dict[tuple[str, str], IoStall] = {}
+        self._told: dict[tuple[str, str], tuple[IoStall, float]] = {}
 
     def of(self, vm_id: str) -> tuple[IoStall, ...]:
         """Return the VM's disks that stand still."""
-        return tuple(self._now(stall) for key, stall in self._told.items() if key[0] == vm_id)
+        return tuple(self._now(*told) for key, told in self._told.items() if key[0] == vm_id)
 
     def all(self) -> tuple[tuple[Vm, IoStall], ...]:
         """Return every disk that stands still, with its VM."""
         vms = {vm.id: vm for vm in self._vms()}
-        return tuple((vms[key[0]], self._now(it)) for key, it in self._told.items() if key[0] in vms)
+        return tuple((vms[key[0]], self._now(*told)) for key, told in self._told.items() if key[0] in vms)
 
     async def watch(self) -> None:
         """Look again and again, until cancelled."""
@@ -91,17 +91,19 @@ class IoWatch:
         if told is None and stalled_ms >= self._stalled_after_ms:
             place = f"{disk.layers[0].location}/{disk.layers[0].path}"
             since = self._clock.wall_s() - stalled_ms / 1000
-            stall = self._told[key] = IoStall(disk=disk.name, place=place, since=since, seconds=stalled_ms / 1000)
+            stall = IoStall(disk=disk.name, place=place, since=since, seconds=stalled_ms / 1000)
+            self._told[key] = stall, now_ms - stalled_ms
             self._events.add(events.io_stalled(vm, stall))
             log.warning("a disk answers nothing: its VM waits", vm=vm.name, disk=disk.name, place=place)
         elif told is not None and stalled_ms < self._stalled_after_ms:
-            ended = self._now(told)
+            ended = self._now(*told)
             del self._told[key]
             self._events.add(events.io_goes_on(vm, ended))
             log.info("a disk answers again", vm=vm.name, disk=disk.name, seconds=round(ended.seconds, 1))
 
-    def _now(self, stall: IoStall) -> IoStall:
-        return msgspec.structs.replace(stall, seconds=self._clock.wall_s() - stall.since)
+    def _now(self, stall: IoStall, since_ms: float) -> IoStall:
+        """Return for how long now: by the clock that nobody sets."""
+        return msgspec.structs.replace(stall, seconds=(self._clock.monotonic_ms() - since_ms) / 1000)
 
     def _forget(self, vm_id: str) -> None:
         self._seen.pop(vm_id, None)

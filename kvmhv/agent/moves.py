@@ -309,7 +309,8 @@ class Moves:
             raise error
         if offer.epoch != vm.epoch:
             raise PeerBroke("protocol-order", "the offer's epoch is not the VM's", host=connection.peer_name)
-        if any(known.id == vm.id for known in self._vms.records.taken()):
+        here = {known.id for known in self._vms.records.taken()} | {coming.id for coming in self._vms.claims.arriving()}
+        if vm.id in here:
             raise CallerError("id-taken", f"{self._config.name} has this VM already", host=self._config.name)
         self._vms.claim(vm.name, hello.move_id, None if vm.runtime else vm)
         state = TargetState(
