@@ -252,7 +252,7 @@ def verify_image(acks: Iterable[Ack], image: Path, image_format: str, base: Path
     """
     if image_format == "raw":
         return verify_raw(acks, image)
-    layer: dict[str, object] = {"driver": image_format, "file": {"driver": "file", "filename": str(image.resolve())}}
+    layer: dict[str, object] = {"driver": image_format, "file": {"driver": "file", "filename": str(image.absolute())}}
     if base is not None:
         layer["backing"] = {"driver": "qcow2" if _is_qcow2(base) else "raw", "file": _file(base)}
     with tempfile.TemporaryDirectory(prefix="kvmhv-oracle-") as scratch:
@@ -263,7 +263,7 @@ def verify_image(acks: Iterable[Ack], image: Path, image_format: str, base: Path
 
 
 def _file(path: Path) -> dict[str, str]:
-    return {"driver": "file", "filename": str(path.resolve())}
+    return {"driver": "file", "filename": str(path.absolute())}
 
 
 def _is_qcow2(path: Path) -> bool:

@@ -3,12 +3,15 @@ it breaks has to be noticed by a deadline, and mends what an operator would mend
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from tests.real.moving import Side, until
-from tests.real.stage import Stage
+from tests.real.stage import Player, Stage
 
 NOTICED_S = 60.0
+DISKS = "/var/lib/kvmhv/disks"
+FILLER = f"{DISKS}/full"
 
 
 def _agents_killed(*names: str) -> Callable[[Stage], None]:
@@ -48,6 +51,15 @@ def _host_off(name: str, other: str) -> Callable[[Stage], None]:
         side.host.boot()
 
     return strike
+
+
+def _both_hosts_off(stage: Stage) -> None:
+    stage.witness.look()
+    for side in stage.sides:
+        side.host.kill()
+    stage.witness.look()
+    for side in stage.sides:
+        side.host.boot()
 
 
 def _host_frozen(name: str, other: str) -> Callable[[Stage], None]:
@@ -103,6 +115,54 @@ def _control_cut(stage: Stage) -> None:
     stage.b.host.mend("management")
 
 
+WRITES_MS = {"source disk full": 500, "target disk full": 500}
+"""Guests that take their time have places on their disks that they have not written to yet: those want room."""
+MIRROR_FAILS, GUEST_STOPS = "No space left on device", "BLOCK_IO_ERROR"
+
+
+def _disk_full(name: str, felt: dict[str, tuple[str, str]]) -> Callable[[Stage], None]:
+    """Until the moves have ended; then there is room again, and what stands still for it is let go on.
+
+    `felt`: what is heard of a VM by its phase, while its move is held: on which host, and what.
+    """
+
+    def strike(stage: Stage) -> None:
+        side: Side = getattr(stage, name)
+        side.sh(f"cat /dev/zero > {FILLER} || true")
+        for player in stage.players:
+            where, sign = felt.get(player.phase, (name, ""))
+            log = stage.qmp_log(getattr(stage, where), player)
+            until(f"{player.name} has felt it", lambda log=log, sign=sign: not sign or sign in log.read_text())
+        stage.go_on()
+        for one in stage.sides:
+            _noticed(stage, one)
+        side.sh(f"rm {FILLER}")
+        for player in stage.players:
+            if stage.state(side, player) != "absent":
+                until(f"{player.name} goes on", lambda p=player: _let_go_on(stage, side, p))
+
+    return strike
+
+
+def _let_go_on(stage: Stage, side: Side, player: Player) -> bool:
+    stage.call(side, "POST", f"vms/{player.name}/start")
+    return stage.runs(side, player)
+
+
+@contextmanager
+def ground(stage: Stage, fault: str) -> Iterator[None]:
+    """Give a host what a fault needs to be there before: disks on a file system of their own, which can be filled."""
+    side = {"source disk full": stage.a, "target disk full": stage.b}.get(fault)
+    if side is None:
+        yield
+        return
+    side.sh(f"mkdir -p {DISKS} && mount -t tmpfs -o size=160M disks {DISKS}")
+    try:
+        yield
+    finally:
+        side.sh(f"! mountpoint -q {DISKS} || umount {DISKS}")  # a host that was booted again has none
+
+
 def _connections_broken(which: int) -> Callable[[Stage], None]:
     def strike(stage: Stage) -> None:
         for player in stage.players:
@@ -122,6 +182,7 @@ FAULTS: dict[str, Callable[[Stage], None]] = {
     "target QEMU killed": _qemus_killed("b"),
     "source host off": _host_off("a", "b"),
     "target host off": _host_off("b", "a"),
+    "both hosts off": _both_hosts_off,
     "source agent frozen": _agent_frozen("a"),
     "target agent frozen": _agent_frozen("b"),
     "source QEMU frozen": _qemus_frozen("a"),
@@ -130,6 +191,14 @@ FAULTS: dict[str, Callable[[Stage], None]] = {
     "target host frozen": _host_frozen("b", "a"),
     "control cable cut": _control_cut,
     "migration cable cut": _migration_cut,
+    "source disk full": _disk_full("a", dict.fromkeys(("storage", "early passes"), ("a", GUEST_STOPS))),
+    "target disk full": _disk_full(
+        "b",
+        {
+            **dict.fromkeys(("storage", "early passes"), ("a", MIRROR_FAILS)),
+            **dict.fromkeys(("runs", "cleanup"), ("b", GUEST_STOPS)),
+        },
+    ),
     "memory link broken": _connections_broken(MEMORY),
     "disk link broken": _connections_broken(DISK),
 }

@@ -1,11 +1,12 @@
 """Kills at random moments, for as many rounds as wanted; a seed brings the same rounds again (the moments as near as a
 busy machine allows).
 
-    python -m tests.real.random_kills [--rounds 60] [--seed N] [--vms 3]
+    python -m tests.real.random_kills [--rounds 60] [--minutes M] [--seed N] [--vms 3]
 
-brings up a lab of its own. Each round moves all VMs at once, kills something at a random moment, mends it, and asks
-what every user asks: does each VM run once, and where both agents say that it does; are its writes there; could it go
-on (after an agent's restart within 5 s, or it is told)? Exit status 1: something was not so.
+brings up a lab of its own. Each round moves all VMs at once, kills something at a random moment (or breaks a move's
+connections, or freezes a host), mends it, and asks what every user asks: does each VM run once, and where both agents
+say that it does; are its writes there; could it go on (after an agent's restart within 5 s, or it is told)? No round
+begins after M minutes. Exit status 1: something was not so.
 """
 
 import argparse
@@ -18,15 +19,19 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+from kvmhv.config import PORT
 from kvmhv.lab.guest_images import ensure_guest_images
 from kvmhv.lab.lab import Lab
+from tests.real.faults import DISK, MEMORY
 from tests.real.moving import Side, until
 from tests.real.rehearsal import held_agents
-from tests.real.stage import Player, Stage
+from tests.real.stage import Player, Stage, break_tcp
 
-LATEST_S = 10.0
+LATEST_S = 7.0
 """A slow move takes some 4 s on a quiet machine."""
 AGENT_PAUSE_S = 5.0
+FROZEN_S = 12.0
+"""Longer than the patience of the hosts that are left (rehearsal.py)."""
 KILLS = (
     "source agent",
     "target agent",
@@ -35,7 +40,12 @@ KILLS = (
     "target QEMU",
     "source host",
     "target host",
-    "both",
+    "both hosts",
+    "memory link",
+    "disk link",
+    "control link",
+    "source freeze",
+    "target freeze",
 )
 
 
@@ -63,18 +73,23 @@ class Round:
             self._settle(player)
 
     def _strike(self) -> None:
-        sides = {"source": [self.source], "target": [self.target], "both": [self.source, self.target]}[
-            self.kill.split()[0]
-        ]
-        if self.kill.endswith("QEMU"):
+        whose, what = self.kill.split()
+        sides = {"source": [self.source], "target": [self.target]}.get(whose, [self.source, self.target])
+        if what == "QEMU":
             for player in self.stage.players:
                 self.stage.signal(sides[0], player, signal.SIGKILL)
-        elif "agent" in self.kill:
+        elif what.startswith("agent"):
             for side in sides:
                 side.host.agent_kill()
             for side in sides:
                 side.host.agent_wait()
             self._goes_on()
+        elif what == "link":
+            self._break(whose)
+        elif what == "freeze":
+            sides[0].host.freeze()
+            time.sleep(FROZEN_S)
+            sides[0].host.thaw()
         else:
             self.stage.witness.look()
             for side in sides:
@@ -82,6 +97,15 @@ class Round:
             self.stage.witness.look()
             for side in sides:
                 side.host.boot()
+
+    def _break(self, which: str) -> None:
+        """Break every connection of that kind that is there now."""
+        if which == "control":
+            broken = break_tcp(self.stage.agent(self.source), PORT)
+        else:
+            kind = MEMORY if which == "memory" else DISK
+            broken = sum(self.stage.break_connections(player, kind, self.source) for player in self.stage.players)
+        say(f"    {broken} connections broken")
 
     def _goes_on(self) -> None:
         """After an agent's death each guest is heard soon, or its move is decided."""
@@ -109,7 +133,7 @@ class Round:
         self.homes[player.name] = home
         states = self.stage.state(home, player), self.stage.state(other, player)
         assert states[1] == "absent", (player, states)
-        may_be_off = "agent" not in self.kill
+        may_be_off = self.kill.split()[1] in ("QEMU", "host", "hosts")
         assert states[0] == "running" or (may_be_off and states[0] == "crashed"), (player, states)
         if states[0] == "crashed":
             self.stage.verify_disks(home, player)
@@ -134,6 +158,7 @@ def main() -> int:
     """Play the rounds."""
     parser = argparse.ArgumentParser(prog="python -m tests.real.random_kills")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--vms", type=int, default=3)
     given = parser.parse_args()
@@ -149,11 +174,15 @@ def main() -> int:
             try:
                 stage.enter()
                 homes = {player.name: stage.a for player in stage.players}
+                latest_s = time.monotonic() + given.minutes * 60
                 for number in range(given.rounds):
+                    if time.monotonic() > latest_s:
+                        break
                     kill, after_s = dice.choice(KILLS), dice.uniform(0, LATEST_S)
                     say(f"{number + 1:4}. {kill} killed {after_s:.2f} s after the start")
                     one = Round(stage, homes, kill, after_s)
                     one.play()
+                    counts["rounds"] += 1
                     for player in stage.players:
                         counts[stage.outcomes(player)[0]] += 1
                     one.gather()

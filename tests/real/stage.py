@@ -4,11 +4,14 @@ A fault that hits a host or an agent then hits every phase in one blow; a fault 
 dealt to each VM. Where a move is held is exact (held_agent.py): nothing here is placed by waiting for a time.
 """
 
+import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from tests.real.witness import Witness
 
 HOLD = "run/hold"
 SLOT_BYTES = 4096
+LEAVE_S = 90.0
 DISKS = {"vdb": ("disk1", "raw"), "vdc": ("disk2", "qcow2")}
 SLOW = {"bandwidth_bytes_per_s": 4 * MIB, "max_passes": 2}
 """With a guest that dirties more than that in a second, a move has exactly two passes, whoever is quick."""
@@ -122,22 +126,29 @@ class Stage:
         (found,) = (p for p in processes.in_namespace(side.host.namespace) if "/opt/held_agent.py" in _arguments(p))
         return found
 
+    def qmp_log(self, side: Side, player: Player) -> Path:
+        """Return the file of what a VM's QEMU on a host has been told and has said."""
+        return run_dir(self.lab.name, side.name) / "vm" / player.id / "qmp.log"
+
     def signal(self, side: Side, player: Player, number: signal.Signals) -> None:
         """Send a signal to a VM's QEMU on a host, if it is there."""
         pid = self.qemu(side, player)
         if pid is not None:
             os.kill(pid, number)
 
-    def break_connections(self, player: Player, which: int) -> int:
+    def break_connections(self, player: Player, which: int, source: Side | None = None) -> int:
         """Break the memory (0) or the disk (1) connections of a move, as seen from its source; returns how many."""
-        peer = json.loads((run_dir(self.lab.name, self.a.name) / "vm" / player.id / "peer.json").read_text())
-        pid = self.qemu(self.a, player)
-        return break_tcp(pid, peer["ports"][which]) if pid is not None else 0
+        source = source or self.a
+        file = run_dir(self.lab.name, source.name) / "vm" / player.id / "peer.json"
+        pid = self.qemu(source, player)
+        if pid is None or not file.exists():
+            return 0
+        return break_tcp(pid, json.loads(file.read_text())["ports"][which])
 
     # ---- the play
 
-    def enter(self) -> None:
-        """Make and start every player on host1."""
+    def enter(self, write_ms: int = 60) -> None:
+        """Make and start every player on host1; each writes to its disks so often."""
         self.a.sh(f"mkdir -p /srv && head -c {2 * MIB + SLOT_BYTES} /dev/zero > /srv/data.raw")
         for number, player in enumerate(self.players):
             file = self.a.file(f"/srv/{player.name}.raw")
@@ -148,7 +159,7 @@ class Stage:
                 working_set_bytes=2 * MIB,
                 rate_bytes_per_s=6 * MIB,
                 guest_id=number + 1,
-                write_ms=60,
+                write_ms=write_ms,
             )
             disks = [
                 {"file": f"/srv/{player.name}.raw", "format": "raw"},
@@ -183,7 +194,7 @@ class Stage:
                 self._place(player, "at").touch()
                 before.unlink()
                 until(f"{player.name} is held", self._place(player, "held").exists)
-                log = run_dir(self.lab.name, self.a.name) / "vm" / player.id / "qmp.log"
+                log = self.qmp_log(self.a, player)
                 until("the device state", lambda log=log: '"status":"device"' in log.read_text())
                 until("all is sent", lambda p=player: _waits_for_the_last_word(self.qemu(self.a, p)))
 
@@ -194,10 +205,10 @@ class Stage:
                 self._release(player)
 
     def go_on(self) -> None:
-        """Let go of every move, and of the QEMU that was stopped to hold one."""
+        """Let go of every move, and of the QEMU that was stopped to hold one; in a frozen host it stays stopped."""
         self.release()
         for player in self.players:
-            if player.phase == "device state":
+            if player.phase == "device state" and self.b.host.state == "running":
                 self.signal(self.b, player, signal.SIGCONT)
 
     def outcomes(self, player: Player, sides: tuple[Side, ...] = ()) -> tuple[str, ...]:
@@ -220,18 +231,22 @@ class Stage:
             time.sleep(0.03)
         return True
 
-    def resolve(self, side: Side, player: Player, run_at: str = "source") -> None:
-        """Decide as the operator; if the copy at the source is gone, what shall run there starts from its disks."""
+    def resolve(self, side: Side, player: Player, run_at: str = "source") -> str:
+        """Decide as the operator; if the copy at the source is gone, what shall run there starts from its disks.
+
+        Returns the choice that was made.
+        """
         choices = {choice["run_at"] for choice in self.call(side, "GET", f"moves/{player.move}/choices")}
         chosen = run_at if run_at in choices else "restart"
         self.call(side, "POST", f"moves/{player.move}/resolve", {"run_at": chosen})
+        return chosen
 
     # ---- what is looked at
 
     def verify_disks(self, side: Side, player: Player) -> None:
         """Assert that a stopped VM's disks hold all that its guest had acknowledged."""
         assert self.qemu(side, player) is None
-        directory = data_dir(self.lab.name, side.name) / "data" / "disks" / player.name
+        directory = side.file(f"/var/lib/kvmhv/disks/{player.name}")
         for disk, (name, image_format) in DISKS.items():
             acks = self.witness.acks(player.id, disk)
             report = oracle.verify_image(acks, directory / f"{name}.{image_format}", image_format)
@@ -244,7 +259,10 @@ class Stage:
     # ---- the end
 
     def leave(self) -> None:
-        """Mend what is broken still, and take everything away."""
+        """Mend what is broken still, and take everything away.
+
+        What a move holds on to is taken by force, so that the next play finds its hosts empty; that fails this one.
+        """
         for side in self.sides:
             if side.host.state == "off":
                 side.host.boot()
@@ -255,9 +273,17 @@ class Stage:
             for name in ("at", "held"):
                 for file in self._hold(side, name).iterdir():
                     file.unlink()
-        for player in self.players:
-            until(f"{player.name} can go", lambda p=player: self._is_removed(p))
-        self.a.sh("rm -rf /srv/*")
+        latest_s = time.monotonic() + LEAVE_S
+        try:
+            for player in self.players:
+                left_s = max(1.0, latest_s - time.monotonic())
+                until(f"{player.name} can go", lambda p=player: self._is_removed(p), left_s)
+        except (AssertionError, KvmhvError):
+            for side in self.sides:
+                self._wipe(side)
+            raise
+        finally:
+            self.a.sh("rm -rf /srv/*")
 
     def _is_removed(self, player: Player) -> bool:
         for side in self.sides:
@@ -273,6 +299,18 @@ class Stage:
             except KvmhvError:
                 return False  # a move still has it, or was resolved meanwhile
         return True
+
+    def _wipe(self, side: Side) -> None:
+        """Let a host forget its VMs and moves; it keeps its name and its trust."""
+        if side.host.state != "off":
+            side.host.kill()
+        state = data_dir(self.lab.name, side.name) / "data"
+        with contextlib.closing(sqlite3.connect(state / "kvmhv.sqlite", isolation_level=None)) as database:
+            database.execute("DELETE FROM journal")
+            database.execute("DELETE FROM records WHERE kind IN ('vm', 'disks-made')")
+        for directory in ("disks", "vms"):
+            shutil.rmtree(state / directory, ignore_errors=True)
+        side.host.boot()
 
     # ---
 

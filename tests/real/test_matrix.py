@@ -1,6 +1,7 @@
 """The matrix of faults: whatever dies, hangs or is cut off, in whichever phase of a move, the VM's fate is the
 promised one (docs/promises.md), it never runs twice, no acknowledged write is lost, and it can be moved again."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 
@@ -8,7 +9,7 @@ import pytest
 
 from kvmhv.lab.guest_images import GuestImages
 from kvmhv.lab.lab import Lab
-from tests.real.faults import FAULTS
+from tests.real.faults import FAULTS, WRITES_MS, ground
 from tests.real.moving import Side, until
 from tests.real.promises import promises
 from tests.real.rehearsal import held_agents
@@ -45,14 +46,14 @@ def test_the_promise_is_kept(held: Lab, images: GuestImages, fault: str) -> None
     fates = {phase: fate for phase, fate in PROMISES[fault].items() if fate != "-"}
     stage = Stage(held, images, fates)
     before = [side.settled() for side in stage.sides]
-    try:
-        stage.enter()
-        stage.set_out()
-        FAULTS[fault](stage)
-        _judge(stage, fates)
-    finally:
-        stage.leave()
-        stage.witness.close()
+    with contextlib.closing(stage.witness), ground(stage, fault):
+        try:
+            stage.enter(WRITES_MS.get(fault, 60))
+            stage.set_out()
+            FAULTS[fault](stage)
+            _judge(stage, fates)
+        finally:
+            stage.leave()
     for side, empty in zip(stage.sides, before, strict=True):
         side.is_again(empty)
 
@@ -98,9 +99,8 @@ def _fate(stage: Stage, player: Player, fates: dict[str, str], latest_s: float) 
         if fate == "operator":
             assert stage.state(home, player) != "running"
             # Who has seen it run there must not choose the source: what it did there would be undone.
-            seen_there = player.phase == "runs"
-            stage.resolve(stage.a, player, "target" if seen_there else "source")
-            fates[player.phase] = "off-target" if seen_there else "stays"
+            chosen = stage.resolve(stage.a, player, "target" if player.phase == "runs" else "source")
+            fates[player.phase] = {"target": "off-target", "source": "stays", "restart": "off-source"}[chosen]
             return _fate(stage, player, fates, latest_s)
         states = stage.state(home, player), stage.state(_other(stage, home), player)
         assert states == ("crashed" if fate.startswith("off") else "running", "absent"), states

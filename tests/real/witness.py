@@ -6,11 +6,13 @@ number follows the one before. Two copies that run say a number twice. The guest
 disks, so the same text is what the oracle compares the disks with.
 """
 
+import contextlib
 import os
 import re
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from kvmhv.lab import oracle
 from kvmhv.lab.lab import Lab
@@ -74,6 +76,7 @@ class Witness:
 
     def check(self, vm_id: str, boots: int) -> None:
         """Assert that the guest ran once at any time, undamaged, and was booted so often."""
+        assert self._thread.is_alive(), "the witness has died: nobody watched"
         parts = self.text(vm_id).split("BOOT ")[1:]
         assert len(parts) == boots, f"{len(parts)} boots instead of {boots}"
         for part in parts:
@@ -107,7 +110,7 @@ class Witness:
 
     def _find(self) -> None:
         for host, place in self._places:
-            for path in (*place.glob("vm/*/console.log"), *place.glob("ended/*/console.log")):
+            for path in _consoles(place):
                 try:
                     descriptor = os.open(path, os.O_RDONLY)
                 except FileNotFoundError:
@@ -125,6 +128,15 @@ class Witness:
         while chunk := os.read(log.descriptor, CHUNK_BYTES):
             text += chunk
         return text.decode(errors="replace")
+
+
+def _consoles(place: Path) -> list[Path]:
+    """Return the console logs of a host that may be losing its power, and its runtime files, at this very moment."""
+    found: list[Path] = []
+    for kind in ("vm", "ended"):
+        with contextlib.suppress(FileNotFoundError):
+            found += place.glob(f"{kind}/*/console.log")
+    return found
 
 
 def _whole(line: str) -> oracle.Ack | None:
