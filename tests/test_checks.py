@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvmhv.core import checks
-from kvmhv.model import GIB, MIB, Accel, Address, Finding, Inventory, MoveRequest, Severity, Vm
+from kvmhv.model import GIB, MIB, Accel, Address, DiskFormat, Finding, Inventory, MoveRequest, Severity, Vm
 from tests.sim import examples
 
 VM = examples.vm()
@@ -89,6 +89,17 @@ def test_what_is_only_told(expected: str) -> None:
 def test_cpus_few_is_a_warning() -> None:
     (finding,) = findings(moving=change(VM, cpus=8))
     assert (finding.id, finding.severity) == ("cpus-few", Severity.WARNING)
+
+
+@pytest.mark.parametrize(
+    ("image_format", "size_bytes", "told"),
+    [("raw", 2 * MIB + 512, True), ("raw", 2 * MIB + 4096, False), ("qcow2", 2 * MIB + 512, False)],
+)
+def test_a_raw_disk_that_ends_within_a_block_is_told(image_format: str, size_bytes: int, told: bool) -> None:
+    layers = tuple(change(layer, format=DiskFormat(image_format)) for layer in VM.disks[0].layers)
+    disk = change(VM.disks[0], layers=layers, size_bytes=size_bytes)
+    found = findings(moving=change(VM, disks=(disk, *VM.disks[1:])))
+    assert [(one.id, one.severity) for one in found] == ([("disk-size-uneven", Severity.WARNING)] if told else [])
 
 
 def test_never_across_vendors_under_kvm() -> None:

@@ -10,6 +10,7 @@ from kvmhv.model import (
     MIB,
     Accel,
     Disk,
+    DiskFormat,
     Finding,
     Inventory,
     Location,
@@ -32,6 +33,9 @@ OLDEST_QEMU = (7, 2, 0)
 
 QEMU_OVERHEAD_BYTES = 64 * MIB
 """What a QEMU process needs beside the guest's memory, at least."""
+
+LARGE_BLOCK_BYTES = 4096
+"""The largest block in which a file system may want to be read and written past the cache."""
 
 
 def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -> tuple[Finding, ...]:
@@ -257,6 +261,8 @@ def _disks(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -
             used = source.facts_of_vm.disk_used_bytes.get(disk.name, 0) if source.facts_of_vm else 0
             needed[where] = needed.get(where, 0) + used
             virtual[where] = virtual.get(where, 0) + disk.size_bytes
+            if disk.layers[0].format is DiskFormat.RAW and disk.size_bytes % LARGE_BLOCK_BYTES:
+                yield _uneven(disk, where, target)
     yield from _caches(vm, request, source, target)
     for name, used in needed.items():
         location = _location(target, name)
@@ -278,6 +284,18 @@ def _disks(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) -
                 f"{free // MIB} MiB free",
                 "watch the free space there",
             )
+
+
+def _uneven(disk: Disk, where: str, target: Inventory) -> Finding:
+    """QEMU opens no raw image for writing that does not end with a block of the file system (seen: ext4, tmpfs)."""
+    return _warning(
+        "disk-size-uneven",
+        disk.name,
+        target.host,
+        f"{disk.name} is a raw image of {disk.size_bytes} bytes, which are not whole blocks of {LARGE_BLOCK_BYTES}: if "
+        f"{where} on {target.host} has such blocks, QEMU refuses the image there: the move then fails in setup",
+        "with the VM stopped, make the image larger (qemu-img resize), or convert it to qcow2",
+    )
 
 
 def _place(disk: Disk, where: str, request: MoveRequest, source: Inventory, target: Inventory) -> Finding | None:
