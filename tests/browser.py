@@ -51,6 +51,21 @@ class Browser:
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self._ask("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})
 
+    def accessible(self) -> list[dict[str, Any]]:
+        """Return what a screen reader is given: role, name and properties of each thing, in its order."""
+        asked = {"cmd": "Accessibility.getFullAXTree", "params": {}}
+        nodes = {node["nodeId"]: node for node in self._ask("POST", "/goog/cdp/execute", asked)["nodes"]}
+        found: list[dict[str, Any]] = []
+        waiting = [next(iter(nodes.values()))]
+        while waiting:
+            node = waiting.pop()
+            waiting += [nodes[child] for child in reversed(node.get("childIds", ())) if child in nodes]
+            if not node["ignored"]:
+                properties = {one["name"]: one["value"].get("value") for one in node.get("properties", ())}
+                role, name = (node.get(key, {}).get("value", "") for key in ("role", "name"))
+                found.append({**properties, "role": role, "name": name})
+        return found
+
     def size(self, width: int, height: int) -> None:
         self._ask("POST", "/window/rect", {"width": width, "height": height})
 

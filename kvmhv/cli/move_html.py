@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from kvmhv.cli import move_plots, output
+from kvmhv.cli.move_report import ends_of
 from kvmhv.cli.move_style import STYLE
-from kvmhv.model import Finding, MoveReport, Outcome, Phase, Plan
+from kvmhv.model import DiskCopy, Finding, Mode, MoveReport, Outcome, Phase, Plan
 
 OUTCOMES = {
     Outcome.RUNNING: "is running",
@@ -21,6 +22,17 @@ PHASES = {
     Phase.MEMORY: "memory in passes while the guest runs (brownout)",
     Phase.STATE: "guest stopped, the rest and the device state go over (blackout)",
     Phase.CLEANUP: "the source's copy removed",
+}
+STORAGE_PHASES = {
+    Phase.SETUP: "new images made",
+    Phase.STORAGE: "disks copied, then mirrored",
+    Phase.STATE: "the guest's requests wait while its disks change to the new images",
+    Phase.CLEANUP: "the old images removed",
+}
+SWITCHOVERS = {
+    "threshold": "the threshold",
+    "pass-limit": "the pass limit",
+    "blackout-limit": "the limit to its blackout, which more passes would not have shortened,",
 }
 STEPS = {
     "stopped": "the guest stands still at the source",
@@ -43,11 +55,13 @@ def page(report: MoveReport) -> str:
         *_phases(report),
         *_passes(report),
         *_blackout(report),
+        *_disks(report.disks),
         *_findings(report.findings, report.warnings),
         *_hosts(report),
         *_decided(report),
     ]
-    title = f"Move of {report.vm} from {report.source} to {report.target}"
+    source, target = ends_of(report)
+    title = f"Move of {report.vm} from {source} to {target}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -65,10 +79,13 @@ def _head(report: MoveReport) -> str:
     if report.reason:
         todo = f"<br>What to do: {_text(report.error.todo)}" if report.error and report.error.todo else ""
         code = f" <code>{_text(report.error.code)}</code>" if report.error else ""
-        error = f'<p class="reason">{_text(report.reason)}{code}{todo}</p>'
+        error = f'<p class="reason {report.outcome.value}">{_text(report.reason)}{code}{todo}</p>'
+    source, target = ends_of(report)
+    kind = "Storage move" if report.mode is Mode.STORAGE else "Live migration"
+    mode = f", {_text(report.mode)}" if report.mode not in (None, Mode.STORAGE) else ""
     return (
-        f'<header><p class="above">Live migration{f", {_text(report.mode)}" if report.mode else ""}</p>'
-        f'<h1>{_text(report.vm)} <span class="way">{_text(report.source)} &rarr; {_text(report.target)}</span></h1>'
+        f'<header><p class="above">{kind}{mode}</p>'
+        f'<h1>{_text(report.vm)} <span class="way">{_text(source)} &rarr; {_text(target)}</span></h1>'
         f'<p class="under"><span class="badge {report.outcome.value}">{_text(OUTCOMES[report.outcome])}</span> '
         f"{_text(when)} <code>{_text(report.id)}</code></p>{error}</header>"
     )
@@ -81,27 +98,24 @@ def _when(unix_s: float) -> str:
 def _figures(report: MoveReport) -> str:
     total_s = report.ended_at - report.started_at if report.ended_at is not None else None
     sure = report.blackout_uncertainty_ms
-    found = [
-        ("Blackout", _ms(report.blackout_ms), "" if sure is None else f"&plusmn; {sure:.1f} ms"),
-        ("Network gap", _ms(report.network_gap_ms), "stop to first frame"),
-        *(
-            []
-            if report.answer_gap_ms is None
-            else [("First answer", _ms(report.answer_gap_ms), "of the guest's probe")]
-        ),
-        ("Whole move", output.seconds_text(total_s), ""),
-        ("Passes", str(len(report.passes)), _text(report.switchover.reason) if report.switchover else ""),
-        ("Memory sent", output.size_text(report.memory_bytes), ""),
-        ("Disks sent", output.size_text(report.disk_bytes), ""),
-        *(
-            []
-            if report.wire_bytes is None
-            else [("On the wire", output.size_text(report.wire_bytes), "with TLS, by TCP")]
-        ),
+    passes = _text(report.switchover.reason) if report.switchover else ""
+    stopped, alone = report.blackout_ms is not None, report.mode is Mode.STORAGE
+    figures = [
+        (stopped, "Blackout", _ms(report.blackout_ms), "" if sure is None else f"&plusmn; {sure:.1f} ms"),
+        (stopped, "Network gap", _ms(report.network_gap_ms), "stop to first frame"),
+        (report.answer_gap_ms is not None, "First answer", _ms(report.answer_gap_ms), "of the guest's probe"),
+        (report.writes_held_ms is not None, "Requests held", _ms(report.writes_held_ms), "by the change of disks"),
+        (True, "Whole move", output.seconds_text(total_s), ""),
+        (report.queued_seconds is not None, "Waited for a slot", output.seconds_text(report.queued_seconds), ""),
+        (not alone, "Passes", str(len(report.passes)), passes),
+        (not alone, "Memory sent", output.size_text(report.memory_bytes), ""),
+        (True, "Disks sent", output.size_text(report.disk_bytes), ""),
+        (report.wire_bytes is not None, "On the wire", output.size_text(report.wire_bytes), "with TLS, by TCP"),
     ]
     cells = "".join(
         f"<div><dt>{name}</dt><dd>{_text(value)}</dd>{f'<dd class=note>{note}</dd>' if note else ''}</div>"
-        for name, value, note in found
+        for there, name, value, note in figures
+        if there
     )
     return f'<dl class="figures">{cells}</dl>'
 
@@ -116,12 +130,13 @@ def _phases(report: MoveReport) -> Iterable[str]:
     if not report.phases:
         return
     total_s = sum(one.seconds for one in report.phases) or 1.0
+    what = STORAGE_PHASES if report.mode is Mode.STORAGE else PHASES
     rows = [
         (
             f'<span class=nowrap><i class="swatch phase-{one.phase}"></i>{_text(one.phase)}</span>',
             _text(output.seconds_text(one.seconds)),
             f"{one.seconds / total_s * 100:.1f} %",
-            _text(PHASES[one.phase]),
+            _text(what[one.phase]),
         )
         for one in report.phases
     ]
@@ -147,7 +162,7 @@ def _passes(report: MoveReport) -> Iterable[str]:
     why = ""
     if report.switchover is not None:
         rest = output.size_text(report.switchover.remaining_bytes)
-        by = "the pass limit" if report.switchover.reason == "pass-limit" else "the threshold"
+        by = SWITCHOVERS.get(report.switchover.reason, report.switchover.reason)
         why = f"<p>The guest was stopped by {by} after pass {report.switchover.pass_number}, with {rest} to send.</p>"
     head = ("#Pass", "#Sent", "#Remaining", "#Rate", "#Dirtied", "#Time")
     yield _section("Passes", why + move_plots.passes(report.passes) + _table("Passes", head, rows))
@@ -167,6 +182,22 @@ def _blackout(report: MoveReport) -> Iterable[str]:
     )
     plot = move_plots.blackout(report.blackout_steps, STEPS)
     yield _section("Blackout", text + plot + _table("Steps of the blackout", ("Step", "Host", "#At", "#Took"), rows))
+
+
+def _disks(copies: Sequence[DiskCopy]) -> Iterable[str]:
+    """The disks of a storage move; what else a move takes along stands in its plan."""
+    rows = [
+        (
+            _text(copy.disk),
+            _text(output.size_text(copy.size_bytes)),
+            _text(output.size_text(copy.used_bytes)),
+            _text(f"{copy.source_layers[0].location}/{copy.source_layers[0].path}"),
+            _text(f"{copy.target_layers[0].location}/{copy.target_layers[0].path}"),
+        )
+        for copy in copies
+    ]
+    if rows:
+        yield _section("Disks", _table("Disks", ("Disk", "#Size", "#Used", "From", "To"), rows))
 
 
 def _findings(findings: Sequence[Finding], warnings: Sequence[str]) -> Iterable[str]:
@@ -206,6 +237,9 @@ def _decided(report: MoveReport) -> Iterable[str]:
         own += ["with its disks"] if asked.include_storage else []
         own += [f"disks to {asked.storage}"] if asked.storage else []
         own += [f"at most {asked.max_passes} passes"] if asked.max_passes is not None else []
+        own += (
+            [f"after {asked.queue_s / 60:.0f} min of waiting for a slot at most"] if asked.queue_s is not None else []
+        )
         rows.append(("Asked for", _text(", ".join(own))))
     if report.plan is not None:
         rows += _plan(report.plan)

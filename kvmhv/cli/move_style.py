@@ -2,7 +2,7 @@
 
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f6f7f9;--ink:#1b2330;--soft:#5b6675;--line:#d9dee5;
---setup:#8a94a3;--storage:#0f766e;--memory:#1d5fd1;--state:#c2410c;--cleanup:#6d5bb5;--on:#fff;
+--setup:#647081;--storage:#0f766e;--memory:#1d5fd1;--state:#c2410c;--cleanup:#6d5bb5;--on:#fff;
 --good:#116b3f;--good-bg:#dcf5e7;--bad:#a3161f;--bad-bg:#fde5e6;--warn:#8a5200;--warn-bg:#fdf0d5}
 @media (prefers-color-scheme:dark){:root{--bg:#12161c;--card:#1a2029;--ink:#e6eaf0;--soft:#9aa6b5;--line:#303947;
 --setup:#77828f;--storage:#2fb5a8;--memory:#6aa4ff;--state:#ff8a4c;--cleanup:#a99af0;--on:#10151c;
@@ -19,6 +19,7 @@ code{font:13px ui-monospace,monospace;color:var(--soft);overflow-wrap:anywhere}
 .above{color:var(--soft);margin:0}
 .under{color:var(--soft)}
 .reason{border-left:4px solid var(--bad);background:var(--bad-bg);padding:10px 14px;border-radius:0 6px 6px 0}
+.reason.cancelled{border-color:var(--warn);background:var(--warn-bg);color:inherit}
 .badge{display:inline-block;padding:1px 10px;border-radius:99px;font-size:13px;font-weight:600;margin-right:6px;
 background:var(--card);color:var(--ink)}
 .badge.done{background:var(--good-bg);color:var(--good)}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from kvmhv.cli import output
-from kvmhv.cli.move_report import ends_of
+from kvmhv.cli.move_report import ends_of, queue_text
 from kvmhv.model import Estimate, MoveReport, Outcome, Pass, Phase
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def news(old: MoveReport | None, new: MoveReport) -> list[str]:
     if old is None:
         source, target = ends_of(new)
         lines.append((-1, f"move {new.id}: {new.vm} from {source} to {target}"))
-    reached = -1 if old is None else PHASES.index(old.phase)
+    if new.queue is not None:
+        waited_before = old is not None and old.queue is not None and queue_text(old.queue) == queue_text(new.queue)
+        return [text for _, text in lines] + ([] if waited_before else [queue_text(new.queue)])
+    reached = -1 if old is None or old.queue is not None else PHASES.index(old.phase)
     lines += [(PHASES.index(phase), f"phase {phase}") for phase in _begun(new) if PHASES.index(phase) > reached]
     lines += _storage_news(old, new)
     after_memory = PHASES.index(Phase.MEMORY) + 0.5
@@ -110,7 +113,8 @@ def _storage_news(old: MoveReport | None, new: MoveReport) -> list[tuple[float, 
     if tenth == 0 or tenth == _tenth(old):
         return []
     copied, total = output.size_text(new.storage_copied_bytes), output.size_text(new.storage_total_bytes)
-    return [(PHASES.index(Phase.STORAGE) + 0.5, f"disks: {copied} of {total} copied ({tenth}0 %)")]
+    left = "" if new.estimate is None else f", {left_text(new.estimate)}"
+    return [(PHASES.index(Phase.STORAGE) + 0.5, f"disks: {copied} of {total} copied ({tenth}0 %){left}")]
 
 
 def _tenth(report: MoveReport | None) -> int:
@@ -128,15 +132,17 @@ def pass_text(done: Pass) -> str:
     )
 
 
+def left_text(seen: Estimate) -> str:
+    """Return how long a move will still take, and between what."""
+    low, high = output.seconds_text(seen.seconds_low), output.seconds_text(seen.seconds_high)
+    return f"about {output.seconds_text(seen.seconds_likely)} left ({low} to {high})"
+
+
 def expectation(seen: Estimate) -> str:
     """Return how the move will go on, as a line."""
-    low, high = output.seconds_text(seen.seconds_low), output.seconds_text(seen.seconds_high)
     blackout = output.seconds_text(seen.blackout_ms / 1000)
     why = "the pass limit" if seen.switchover == PASS_LIMIT else "the threshold"
-    return (
-        f"about {output.seconds_text(seen.seconds_likely)} left ({low} to {high}); {why} will end the passes after "
-        f"pass {seen.passes}, with a blackout of about {blackout}"
-    )
+    return f"{left_text(seen)}; {why} will end the passes after pass {seen.passes}, with a blackout of about {blackout}"
 
 
 @contextmanager
@@ -175,6 +181,8 @@ class Display:
 
         if report.outcome is not Outcome.RUNNING:
             return Text("")
+        if report.queue is not None:
+            return Text("queued", style="bold")
         number = f", pass {len(report.passes) + 1}" if report.phase is Phase.MEMORY else ""
         seen = report.estimate
         line = Table.grid(padding=(0, 2))
@@ -182,11 +190,18 @@ class Display:
             Text(f"{report.phase}{number}", style="bold"),
             ProgressBar(total=1.0, completed=report.progress, width=BAR_WIDTH),
             Text(f"{report.progress * 100:.0f} %"),
-            Text(f"{output.size_text(report.remaining_bytes)} remain"),
+            Text(f"{output.size_text(_remaining_bytes(report))} remain"),
             Text(output.rate_text(report.throughput_bytes_per_s or None)),
             Text("" if seen is None else f"about {output.seconds_text(seen.seconds_likely)} left"),
         )
         return line
+
+
+def _remaining_bytes(report: MoveReport) -> int:
+    """Return what the running phase has still to send, of disks or of memory."""
+    if report.phase is Phase.STORAGE:
+        return max(0, report.storage_total_bytes - report.storage_copied_bytes)
+    return report.remaining_bytes
 
 
 @contextmanager

@@ -108,6 +108,24 @@ def estimate(standing: Standing) -> Estimate | None:
     )
 
 
+def storage_estimate(total_bytes: int, copied_bytes: int, seconds: float) -> Estimate | None:
+    """Return the seconds left of a move of disks alone, `seconds` after its copies began; None before that is known.
+
+    It has no passes and no blackout.
+    """
+    if seconds < RATE_AFTER_S or not copied_bytes:
+        return None
+    likely = max(0, total_bytes - copied_bytes) * seconds / copied_bytes
+    return Estimate(
+        seconds_low=likely / MARGIN + CLEANUP_S,
+        seconds_likely=likely + CLEANUP_S,
+        seconds_high=likely * MARGIN + CLEANUP_S,
+        passes=0,
+        switchover="",
+        blackout_ms=0.0,
+    )
+
+
 def is_near(standing: Standing) -> bool:
     """Return whether the guest is likely to be stopped within NEAR_S; until its rate is measured, whether it may be."""
     seen = estimate(standing)

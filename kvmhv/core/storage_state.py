@@ -4,6 +4,7 @@ import enum
 
 import msgspec
 
+from kvmhv.core import progress
 from kvmhv.core.source_state import PhaseMark, phase_times
 from kvmhv.model import (
     Asked,
@@ -157,6 +158,7 @@ def report(state: StorageState, now_ms: float) -> MoveReport:
         warnings=state.warnings,
         started_at=state.started_wall_s,
         ended_at=None,
+        estimate=progress.storage_estimate(state.total_bytes, state.copied_bytes, seconds) if copying else None,
         throughput_bytes_per_s=state.copied_bytes / seconds if seconds > 0 else 0.0,
         asked=state.asked,
         disks=state.copies,

@@ -1,13 +1,14 @@
 """The live page in a real browser: sign in by keyboard, a move as it goes, its end, sign out, light and dark."""
 
 import asyncio
+import itertools
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from kvmhv.model import ErrorBody, Estimate, Mode, Outcome, Pass, Phase, Switchover
+from kvmhv.model import DiskCopy, DiskFormat, ErrorBody, Estimate, Layer, Mode, Outcome, Pass, Phase, Switchover
 from tests.browser import Browser, browser
 
 pytestmark = pytest.mark.timeout(180)
@@ -70,6 +71,7 @@ def _look(url: str, token: str, running: Any, change: Any, tmp_path: Path) -> No
         assert window.run("return document.cookie") == ""
         assert window.wait("return document.getElementById('state').textContent") == "live"
         _a_move(window, running, change)
+        _read_aloud(window, running, change)
         _keyboard(window)
         window.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 20_000
@@ -110,7 +112,7 @@ def _a_move(window: Browser, running: Any, change: Any) -> None:
             later, phase=Phase.STATE, estimate=None, switchover=Switchover(reason="pass-limit", pass_number=2)
         )
     )
-    window.wait("return document.getElementById('told').textContent === 'web01: state phase'")
+    window.wait("return document.getElementById('told').lastChild?.textContent === 'web01: state phase'")
     _a_move_that_stands(window, later, change)
     change()
     window.wait("return !document.querySelector('.move') && !document.getElementById('no-moves').hidden")
@@ -123,11 +125,61 @@ def _a_move_that_stands(window: Browser, later: Any, change: Any) -> None:
     window.wait("return document.querySelector('.move svg').getAttribute('viewBox') !== arguments[0]", wide)
     error = ErrorBody(code="handover-unknown", message="x", todo="bring host2 back", host="host1")
     change(msgspec.structs.replace(later, outcome=Outcome.NEEDS_OPERATOR, estimate=None, reason="unknown", error=error))
-    window.wait("return document.getElementById('told').textContent === 'web01: needs the operator'")
+    window.wait("return document.getElementById('told').lastChild?.textContent === 'web01: needs the operator'")
     text = window.run("return document.querySelector('.move').innerText")
     assert "unknown. What to do: bring host2 back" in text, text
     window.wait("return document.documentElement.scrollWidth <= 390")
     window.size(1100, 1000)
+
+
+def _read_aloud(window: Browser, running: Any, change: Any) -> None:
+    """What a screen reader is given: everything has a name, headings leave no level out, nothing is said twice."""
+    layers = {
+        name: (Layer(location=name, path="db01/disk0.qcow2", format=DiskFormat.QCOW2),) for name in ("default", "nfs")
+    }
+    disk = DiskCopy(
+        disk="disk0", size_bytes=MIB, used_bytes=MIB, source_layers=layers["default"], target_layers=layers["nfs"]
+    )
+    alone = msgspec.structs.replace(
+        running,
+        id="m2",
+        vm="db01",
+        target="host1",
+        direction="here",
+        mode=Mode.STORAGE,
+        phase=Phase.STORAGE,
+        passes=(),
+        disks=(disk,),
+    )
+    change(running, alone)
+    window.wait("return document.querySelectorAll('.move').length === 2")
+    change(*(msgspec.structs.replace(one, remaining_bytes=MIB, storage_copied_bytes=1) for one in (running, alone)))
+    window.wait("return document.querySelectorAll('.move svg g').length === 2")
+    said = "return [...document.getElementById('told').children].map((one) => one.textContent)"
+    assert {"web01: memory phase", "db01: storage phase"} <= set(window.run(said)), "each is said, also both at once"
+    text = window.run("return document.querySelectorAll('.move')[1].innerText")
+    assert "Dirtied" not in text, "a guest whose disks move alone is not sent"
+    seen = window.accessible()
+    levels = [node["level"] for node in seen if node["role"] == "heading"]
+    assert levels[0] == 1
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(levels)), levels
+    named = {
+        "progressbar",
+        "button",
+        "link",
+        "region",
+        "group",
+        "image",
+        "columnheader",
+        "rowheader",
+        "list",
+        "article",
+    }
+    assert [node for node in seen if node["role"] in named and not node["name"]] == []
+    names = [node["name"] for node in seen]
+    for name in ("web01, host1 to host2", "db01, host1/default to host1/nfs", "Progress of web01", "Progress of db01"):
+        assert names.count(name) == 1, names
+    change()
 
 
 def _keyboard(window: Browser) -> None:

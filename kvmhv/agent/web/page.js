@@ -1,6 +1,6 @@
 // The live page: what /web/live sends is put into the page in place, so that focus and reading position stay.
 
-import { History, draw, size } from "./plot.js";
+import { History, draw, left, size } from "./plot.js";
 
 const $ = (id) => document.getElementById(id);
 const histories = new Map();
@@ -46,25 +46,39 @@ function keep(parent, items, keyOf, create, change) {
   for (const gone of known.values()) gone.remove();
 }
 
-function tell(text) { $("told").textContent = text; }
+// For screen readers: each is said once, also when several things happen at once.
+function tell(text) {
+  $("told").append(make("p", {}, text));
+  while ($("told").children.length > 5) $("told").firstChild.remove();
+}
 
 // --- running moves
 
-const FIGURES = [["left", "Time left"], ["pass", "Pass"], ["remain", "Remaining"], ["rate", "Sent"], ["dirty", "Dirtied"], ["blackout", "Blackout expected"]];
+const DISKS = [["left", "Time left"], ["remain", "Remaining"], ["rate", "Sent"]];
+const FIGURES = [...DISKS, ["pass", "Pass"], ["dirty", "Dirtied"], ["blackout", "Blackout expected"]];
+
+// A storage move goes from one location to another of its host.
+function ends(move) {
+  if (move.mode !== "storage") return [move.source, move.target];
+  const places = (layers) => [...new Set(move.disks.map((copy) => copy[layers][0].location))].join(", ");
+  return [`${move.source}/${places("source_layers")}`, `${move.target}/${places("target_layers")}`];
+}
 
 function newMove(move) {
   const figures = make("dl", { class: "figures" });
-  for (const [key, name] of FIGURES) figures.append(make("div", {}, make("dt", {}, name), make("dd", { class: `f-${key}` })));
+  const [from, to] = ends(move);
+  for (const [key, name] of move.mode === "storage" ? DISKS : FIGURES) figures.append(make("div", {}, make("dt", {}, name), make("dd", { class: `f-${key}` })));
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("role", "img");
-  const card = make("article", { class: "move" },
-    make("header", {}, make("h3", {}, `${move.vm} `, make("span", { class: "way" }, `${move.source} → ${move.target}`)),
+  const card = make("article", { class: "move", "aria-label": `${move.vm}, ${from} to ${to}` },
+    make("header", {}, make("h2", {}, `${move.vm} `, make("span", { class: "way" }, `${from} → ${to}`)),
       make("span", { class: "phase" })),
     make("div", { class: "bar", role: "progressbar", "aria-valuemin": "0", "aria-valuemax": "100", "aria-label": `Progress of ${move.vm}` },
       make("div")),
     figures, make("p", { class: "expectation" }));
   card.append(svg);
   card.dataset.vm = move.vm;
+  card.dataset.alone = move.mode === "storage" ? "yes" : "";
   return card;
 }
 
@@ -85,33 +99,47 @@ function changeMove(card, move) {
   put(card, ".phase", stands ? "needs the operator" : `${move.phase}, ${percent} %`);
   const seen = move.estimate;
   put(card, ".f-left", seen ? `about ${seconds(seen.seconds_likely)}` : "-");
-  put(card, ".f-pass", running ? `${move.passes.length + 1}` : move.passes.length ? `${move.passes.length} complete` : "-");
-  const storage = move.phase === "storage";
-  put(card, ".f-remain", size(storage ? move.storage_total_bytes - move.storage_copied_bytes : move.remaining_bytes));
+  put(card, ".f-remain", size(left(move)));
   put(card, ".f-rate", `${size(move.throughput_bytes_per_s)}/s`);
-  put(card, ".f-dirty", `${size(move.dirty_bytes_per_s)}/s`);
-  put(card, ".f-blackout", seen ? milliseconds(seen.blackout_ms) : "-");
+  const alone = move.mode === "storage";
+  if (!alone) {
+    put(card, ".f-pass", running ? `${move.passes.length + 1}` : move.passes.length ? `${move.passes.length} complete` : "-");
+    put(card, ".f-dirty", `${size(move.dirty_bytes_per_s)}/s`);
+    put(card, ".f-blackout", seen ? milliseconds(seen.blackout_ms) : "-");
+  }
   const limit = seen !== null && seen.switchover === "pass-limit";
   const expectation = card.querySelector(".expectation");
   expectation.classList.toggle("limit", limit);
-  const low = seen ? `between ${seconds(seen.seconds_low)} and ${seconds(seen.seconds_high)} left; ` : "";
+  const low = seen ? `between ${seconds(seen.seconds_low)} and ${seconds(seen.seconds_high)} left` : "";
   const todo = move.error?.todo ? ` What to do: ${move.error.todo}` : "";
-  put(card, ".expectation", move.reason ? `${move.reason}.${todo}` : (seen
-    ? `${low}${limit ? "the guest dirties too fast: the pass limit" : "the threshold"} will end the passes after pass ${seen.passes}`
-    : ""));
+  put(card, ".expectation", move.reason ? `${move.reason}.${todo}` : (seen && !alone
+    ? `${low}; ${limit ? "the guest dirties too fast: the pass limit" : "the threshold"} will end the passes after pass ${seen.passes}`
+    : low));
   const svg = card.querySelector("svg");
   svg.classList.toggle("empty", stands || history.samples.length < 2);
-  if (history.samples.length > 1) draw(svg, history, move.vm);
+  if (history.samples.length > 1) draw(svg, history, move.vm, alone);
   const nowIn = stands ? "needs the operator" : `${move.phase} phase`;
   if (phases.get(move.id) !== nowIn) {
     phases.set(move.id, nowIn);
-    tell(`${move.vm}: ${nowIn}`);
+    if (move.phase !== "cleanup" || stands) tell(`${move.vm}: ${nowIn}`); // its end is told at once after that
   }
 }
 
+// --- moves that wait
+
+function changeQueued(line, move) {
+  const [from, to] = ends(move);
+  const why = move.queue.reason || "being tried";
+  put(line, ".who", `${move.vm} `);
+  put(line, ".way", `${from} → ${to}`);
+  put(line, ".why", `${why}; until ${new Date(move.queue.until * 1000).toLocaleTimeString()} at most`);
+}
+
+const newQueued = () => make("li", {}, make("strong", { class: "who" }), make("span", { class: "way" }), make("p", { class: "why soft" }));
+
 // --- hosts, VMs, last moves
 
-function newHost() { return make("article", { class: "host" }, make("h3"), make("p", { class: "what" }), make("p", { class: "more" })); }
+function newHost(host) { return make("article", { class: "host", "aria-label": host.name }, make("h3"), make("p", { class: "what" }), make("p", { class: "more" })); }
 
 function changeHost(card, host) {
   card.className = `host ${host.problem ? "away" : host.view ? "" : "unknown"}`;
@@ -120,9 +148,9 @@ function changeHost(card, host) {
   const running = view ? view.vms.filter((vm) => vm.state === "running").length : 0;
   put(card, ".what", host.problem ? `cannot be reached: ${host.problem}` : !view ? "not asked yet"
     : `${running} of ${view.vms.length} VMs run`);
-  const out = view ? view.moves.filter((move) => move.direction === "out").length : 0;
+  const open = (direction) => view.moves.filter((move) => move.direction === direction).length;
   put(card, ".more", !view ? host.address : !view.enabled ? "takes no part in moves"
-    : `moves out ${out} of ${view.slots_out}, in ${view.moves.length - out} of ${view.slots_in}; kvmhv ${view.version}`);
+    : `moves out ${open("out")} of ${view.slots_out}, in ${open("in")} of ${view.slots_in}; kvmhv ${view.version}`);
 }
 
 function row(count, figures) {
@@ -150,6 +178,9 @@ function show(page) {
     if (!moves.some((move) => move.id === id)) { histories.delete(id); phases.delete(id); }
   }
   keep($("moves"), moves, (move) => move.id, newMove, changeMove);
+  const queued = views.flatMap((view) => view.queued ?? []);
+  $("queue-part").hidden = queued.length === 0;
+  keep($("queue"), queued, (move) => move.id, newQueued, changeQueued);
   keep($("hosts"), page.hosts, (host) => host.name, newHost, changeHost);
   const vms = views.flatMap((view) => view.vms).sort((a, b) => a.name.localeCompare(b.name) || a.host.localeCompare(b.host));
   keep($("vms"), vms, (vm) => `${vm.host}/${vm.id}`, row(5, [3, 4]), (line, vm) =>
@@ -157,7 +188,7 @@ function show(page) {
   const last = once(views.flatMap((view) => view.last)).sort((a, b) => b.started_at - a.started_at).slice(0, 20);
   keep($("last"), last, (move) => move.id, row(10, [4, 5, 6, 7, 8]), (line, move) => {
     if (!line.dataset.told) { line.dataset.told = "yes"; if (shownBefore) tell(`${move.vm}: move ${move.outcome}`); }
-    cells(line, [move.vm, move.source, move.target, [move.outcome, move.outcome], milliseconds(move.blackout_ms),
+    cells(line, [move.vm, ...ends(move), [move.outcome, move.outcome], milliseconds(move.blackout_ms),
       milliseconds(move.network_gap_ms), milliseconds(move.answer_gap_ms), String(move.passes.length),
       seconds(move.ended_at === null ? null : move.ended_at - move.started_at), new Date(move.started_at * 1000).toLocaleString()]);
   });
@@ -185,7 +216,7 @@ new ResizeObserver(() => {
   drawnWidth = $("moves").clientWidth;
   for (const card of $("moves").children) {
     const history = histories.get(card.dataset.key);
-    if (history && history.samples.length > 1) draw(card.querySelector("svg"), history, card.dataset.vm);
+    if (history && history.samples.length > 1) draw(card.querySelector("svg"), history, card.dataset.vm, card.dataset.alone === "yes");
   }
 }).observe($("moves"));
 

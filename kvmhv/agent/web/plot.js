@@ -27,6 +27,12 @@ function element(name, attributes, text) {
   return made;
 }
 
+// What the running phase has still to send, of disks or of memory.
+export function left(move) {
+  const bytes = move.phase === "storage" ? move.storage_total_bytes - move.storage_copied_bytes : move.remaining_bytes;
+  return Math.max(0, bytes);
+}
+
 // What is known of a move over time. The passes that were complete before the page was opened are drawn from their
 // figures, the rest from what the page has seen itself.
 export class History {
@@ -48,15 +54,14 @@ export class History {
 
   add(move, now) {
     if (move.passes.length > this.passes) { this.marks.push(now); this.passes = move.passes.length; }
-    const storage = move.phase === "storage";
-    const left = storage ? move.storage_total_bytes - move.storage_copied_bytes : move.remaining_bytes;
-    this.samples.push({ at: now, left, sent: move.throughput_bytes_per_s, dirty: move.dirty_bytes_per_s });
+    this.samples.push({ at: now, left: left(move), sent: move.throughput_bytes_per_s, dirty: move.dirty_bytes_per_s });
     while (this.samples.length > SAMPLES_MAX || this.samples[0].at < now - WINDOW_S) this.samples.shift();
     while (this.marks.length && this.marks[0] < this.samples[0].at) this.marks.shift();
   }
 }
 
-export function draw(svg, history, name) {
+// `alone`: disks move without the guest's memory, so nothing is dirtied.
+export function draw(svg, history, name, alone) {
   const samples = history.samples;
   const width = Math.max(WIDTH_MIN, svg.clientWidth);
   const first = samples[0].at, last = samples[samples.length - 1].at;
@@ -67,8 +72,9 @@ export function draw(svg, history, name) {
   const x = (at) => LEFT + (width - LEFT - RIGHT) * (at - first) / span;
   const line = (key, top, y) => samples.map((one, index) =>
     `${index ? "L" : "M"}${x(one.at).toFixed(1)} ${(y + HEIGHT * (1 - Math.min(1, one[key] / top))).toFixed(1)}`).join(" ");
-  const left = line("left", topLeft, TOP);
-  const parts = [element("title", {}, `${name}: what remains and the rates, over the last ${Math.round(span)} seconds`)];
+  const remains = line("left", topLeft, TOP);
+  const title = element("title", {}, `${name}: what remains and the rates, over the last ${Math.round(span)} seconds`);
+  const parts = [];
   for (const [y, top, unit] of [[TOP, topLeft, ""], [lower, topRate, "/s"]]) {
     for (const share of [0, 0.5, 1]) {
       const at = y + HEIGHT * share;
@@ -79,14 +85,16 @@ export function draw(svg, history, name) {
   for (const mark of history.marks) {
     parts.push(element("line", { class: "pass", x1: x(mark), x2: x(mark), y1: TOP, y2: lower + HEIGHT }));
   }
-  parts.push(element("path", { class: "area", d: `${left} L${x(last).toFixed(1)} ${TOP + HEIGHT} L${LEFT} ${TOP + HEIGHT} Z` }));
-  parts.push(element("path", { class: "left", d: left }));
+  parts.push(element("path", { class: "area", d: `${remains} L${x(last).toFixed(1)} ${TOP + HEIGHT} L${LEFT} ${TOP + HEIGHT} Z` }));
+  parts.push(element("path", { class: "left", d: remains }));
   parts.push(element("path", { class: "sent", d: line("sent", topRate, lower) }));
-  parts.push(element("path", { class: "dirty", d: line("dirty", topRate, lower) }));
+  if (!alone) parts.push(element("path", { class: "dirty", d: line("dirty", topRate, lower) }));
   parts.push(element("text", { x: LEFT, y: 12 }, "remaining"));
   parts.push(element("text", { class: "key-sent", x: LEFT, y: lower - 12 }, "■ sent"));
-  parts.push(element("text", { class: "key-dirty", x: LEFT + 66, y: lower - 12 }, "■ dirtied by the guest"));
+  if (!alone) parts.push(element("text", { class: "key-dirty", x: LEFT + 66, y: lower - 12 }, "■ dirtied by the guest"));
   svg.setAttribute("height", lower + HEIGHT + 8);
   svg.setAttribute("viewBox", `0 0 ${width} ${lower + HEIGHT + 8}`);
-  svg.replaceChildren(...parts);
+  const drawn = element("g", { "aria-hidden": "true" }); // the title is the picture's name, the figures stand beside it
+  drawn.append(...parts);
+  svg.replaceChildren(title, drawn);
 }
