@@ -1,7 +1,10 @@
 """Who looks at a move from outside: frames on the lab's switch, and a Prometheus that scrapes both agents."""
 
+import contextlib
+import http.client
 import itertools
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ from typing import Any
 from kvmhv.config import PORT
 from kvmhv.lab import plan as plans
 from kvmhv.lab.lab import Lab
-from tests.real.moving import until
+from tests.real.moving import Side, until
 
 SNIFF = r"""
 import socket, struct, sys, time
@@ -33,6 +36,16 @@ while True:
 """
 SETTINGS = Path(__file__).parent.parent.parent / "packaging" / "prometheus"
 READY = "http://127.0.0.1:9090"
+
+
+def scrape(side: Side) -> str:
+    """Return what a host's agent says to a scrape now."""
+    asked = http.client.HTTPConnection("localhost", timeout=20)
+    asked.sock = socket.socket(socket.AF_UNIX)
+    asked.sock.connect(str(side.host.socket))
+    with contextlib.closing(asked):
+        asked.request("GET", "/metrics")
+        return asked.getresponse().read().decode()
 
 
 class Sniffer:

@@ -5,6 +5,7 @@ A Linux guest beats every 5 ms, so that the switch sees when it is gone. What kv
 
 import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,9 +44,18 @@ def guest(pair: Pair, tmp_path: Path) -> Iterator[Sniffer]:
     sniffer = Sniffer(pair.lab, pair.a.show()["vm"]["nics"][0]["mac"], tmp_path / "frames")
     try:
         until("the guest beats", lambda: (tmp_path / "frames").read_text().count("\n") > 50)
+        type_on_the_console(pair.a, pair.vm_id, "httpd -p 80 -h /tmp; echo 'serves' web")
+        until("it serves HTTP, too", lambda: "serves web" in pair.a.console())
         yield sniffer
     finally:
         sniffer.end()
+
+
+def type_on_the_console(side: Side, vm_id: str, line: str) -> None:
+    """Give a line to the guest's shell."""
+    with socket.socket(socket.AF_UNIX) as console:
+        console.connect(str(side.file(f"/run/kvmhv/vm/{vm_id}/console.sock")))
+        console.sendall(f"{line}\n".encode())
 
 
 def address(pair: Pair) -> str:
@@ -63,7 +73,7 @@ def moved(pair: Pair, source: Side, target: Side, *options: str) -> Report:
 
 def test_what_is_reported_is_what_others_see(pair: Pair, guest: Sniffer, tmp_path: Path) -> None:
     reports: list[Report] = []
-    probes = (f"ping:{address(pair)}", f"tcp:{address(pair)}:7", f"ping:{address(pair)}")
+    probes = (f"ping:{address(pair)}", f"tcp:{address(pair)}:7", f"http://{address(pair)}/")
     with prometheus(pair.lab, tmp_path) as watcher:
         ways = ((pair.a, pair.b), (pair.b, pair.a), (pair.a, pair.b))
         for probe, (source, target) in zip(probes, ways, strict=True):
@@ -80,7 +90,7 @@ def test_what_is_reported_is_what_others_see(pair: Pair, guest: Sniffer, tmp_pat
         assert watcher.query(f'{{__name__=~"{LIVE}"}}') == [], "series are left over after the moves"
         assert watcher.query("max_over_time(kvmhv:vm_copies_at_once:count[10m])") == []
         assert watcher.value("kvmhv:vm_copies:count") == 1
-    assert target.show()["vm"]["probe"]["kind"] == "ping"
+    assert target.show()["vm"]["probe"]["kind"] == "http"
 
 
 def agrees_with_the_switch(report: Report, resume_ms: float, guest: Sniffer) -> None:
