@@ -33,6 +33,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Facts of one move that wait to be handled; beyond it the move fails."""
     moves_kept: Annotated[int, Meta(ge=10, le=COUNT_MAX)] = 1000
     """Records of ended moves that are kept."""
+    queued_moves: Annotated[int, Meta(ge=1, le=COUNT_MAX)] = 100
+    """Moves out of this host that wait for a slot."""
     tokens: Annotated[int, Meta(ge=1, le=COUNT_MAX)] = 100
     peers: Annotated[int, Meta(ge=1, le=COUNT_MAX)] = 200
     connections: Annotated[int, Meta(ge=10, le=COUNT_MAX)] = 500

@@ -498,6 +498,8 @@ class MoveRequest(Struct, frozen=True, kw_only=True):
     performance: str | None = None
     blackout_limit_ms: Annotated[int, Meta(ge=0, le=3_600_000)] | None = None
     on_overrun: str | None = None
+    queue_s: Wait | None = None
+    """How long it may wait for a slot of either host; None: it is refused at once where there is none."""
 
 
 class StorageMoveRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -672,9 +674,9 @@ class Estimate(Struct, frozen=True, kw_only=True):
     seconds_likely: float
     seconds_high: float
     passes: int
-    """Complete passes after which the guest will probably be stopped."""
+    """Complete passes after which the guest will probably be stopped; a storage move has none."""
     switchover: str
-    """What will probably end the passes: `threshold` or `pass-limit`."""
+    """What will probably end the passes: `threshold` or `pass-limit`; of a storage move empty."""
     blackout_ms: float
     """What the blackout will probably cost."""
 
@@ -687,6 +689,20 @@ class BlackoutStep(Struct, frozen=True, kw_only=True):
     `first-answer`."""
     host: str
     at_ms: float
+
+
+class QueuePlace(Struct, frozen=True, kw_only=True):
+    """A move that waits for a slot: where in the source's queue it stands, and what it waits for."""
+
+    place: int
+    """1: the first."""
+    until: float
+    """UNIX time: when it gives up."""
+    reason: str = ""
+    """As its refusal would have been; empty: it is being tried for the first time."""
+    setting: str | None = None
+    host: str | None = None
+    """Whose limit it is."""
 
 
 class MoveReport(Struct, frozen=True, kw_only=True):
@@ -753,6 +769,10 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """A storage move: which disks go from where to where."""
     writes_held_ms: float | None = None
     """A storage move: how long the guest's disk requests waited at the change from the old images to the new ones."""
+    queue: QueuePlace | None = None
+    """While it waits for a slot; its outcome is `running` then, too, because it has not ended."""
+    queued_seconds: float | None = None
+    """How long it waited for a slot; None: it was not to wait."""
 
 
 class ErrorBody(Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ from kvmhv.cli.connection import Agent, AgentGone
 from kvmhv.cli.main import main
 from kvmhv.cli.progress import Silent
 from kvmhv.errors import CallerError, Incompatible
-from kvmhv.model import ErrorBody, Finding, Mode, Outcome, Pass, Phase, PhaseTime, Severity, Switchover
+from kvmhv.model import ErrorBody, Finding, Mode, Outcome, Pass, Phase, PhaseTime, QueuePlace, Severity, Switchover
 from tests.cli_agent import Raw, ScriptedAgent, events, report, scripted_agent
 
 Run = Callable[..., tuple[int, str, str]]
@@ -101,6 +101,23 @@ def test_a_move_ends_with_the_contracts_object(agent: ScriptedAgent, run: Run) -
     assert (found["blackout_ms"], found["memory_bytes"], found["disk_bytes"]) == (41.5, 1024**2, 0)
 
 
+def test_a_move_that_waits_for_a_slot_says_for_what(agent: ScriptedAgent, run: Run) -> None:
+    place = QueuePlace(place=2, until=RUNNING.started_at + 600, reason="host2 is full", setting="migration.moves_in")
+    waiting = msgspec.structs.replace(RUNNING, phase=Phase.SETUP, phases=(), passes=(), queue=place)
+    first = msgspec.structs.replace(waiting, queue=msgspec.structs.replace(place, place=1))
+    agent.on("GET", EVENTS, lambda _: events(waiting, waiting, first, RUNNING, DONE))
+    status, out, _ = run("vm", "move", "web01", "--to", "host2", "--queue", "10")
+    assert status == 0
+    assert agent.requests[0].json()["queue_s"] == 600
+    lines = [line for line in out.splitlines() if "in the queue" in line]
+    assert [line.split(" in the queue")[0] for line in lines] == ["number 2", "number 1"]
+    assert all(line.endswith("at most: host2 is full") for line in lines)
+    assert out.index("number 1") < out.index("phase memory")
+    agent.on("GET", "/v1/moves", [waiting])
+    assert " queued " in run("move", "list")[1]
+    assert "waits for a slot" in run("move", "show", RUNNING.id)[1]
+
+
 def test_a_move_in_plain_lines(agent: ScriptedAgent, run: Run) -> None:
     agent.on("GET", EVENTS, lambda _: events(RUNNING, DONE))
     status, out, _ = run(
@@ -119,6 +136,7 @@ def test_a_move_in_plain_lines(agent: ScriptedAgent, run: Run) -> None:
         "performance": None,
         "blackout_limit_ms": None,
         "on_overrun": None,
+        "queue_s": None,
     }
     for text in ("phase memory\npass 1: sent 1 MiB", "blackout    41.5 ms (± 1.5 ms)", "threshold, after pass 1"):
         assert text in out

@@ -22,6 +22,7 @@ from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.io_watch import IoWatch
 from kvmhv.agent.locations import Locations
 from kvmhv.agent.metrics import Metrics
+from kvmhv.agent.move_queue import MoveQueue
 from kvmhv.agent.moves import Moves
 from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.owners import Owners
@@ -89,6 +90,7 @@ class Agent:
             chronicle=ground.chronicle,
         )
         self._locations.moving = self._open_moves.touched
+        self._queue = _queue(config, ground, journal, self._open_moves)
         moves = Moves(
             config=config,
             settings=ground.settings,
@@ -101,6 +103,7 @@ class Agent:
             sharing=self._sharing,
             owners=self._owners,
             open_moves=self._open_moves,
+            queue=self._queue,
             chronicle=ground.chronicle,
         )
         self._vm_states = VmStates(config.name, self._vms, ground.qemu, self._open_moves.moving, runtime=ground.runtime)
@@ -168,6 +171,7 @@ class Agent:
             moves=moves,
             storage_moves=storage_moves,
             running_moves=self._open_moves.reports,
+            queued_moves=self._queue,
             recent_moves=ground.chronicle.recent,
             doctor=doctor,
         )
@@ -177,6 +181,7 @@ class Agent:
         await self._locations.start()
         await self._ways.sweep()
         await self._open_moves.recover()
+        self._queue.recover()
         await self._vms.recover()
         self._sharing.recover()
         await self._listener.start()
@@ -184,6 +189,7 @@ class Agent:
             self._metrics.watch_loop_lag(),
             self._vm_states.watch(),
             self._io_watch.watch(),
+            self._queue.keep(),
             self._probe(),
             self._runtime.keep(),
         )
@@ -237,6 +243,18 @@ class _Ground:
 def _inventories(config: Config, ground: _Ground, vms: HostVms) -> Inventories:
     network = ground.network, ground.ways
     return Inventories(config, ground.host_id, ground.settings, vms, ground.qemu, ground.disks, *network)
+
+
+def _queue(config: Config, ground: _Ground, journal: Journal, open_moves: OpenMoves) -> MoveQueue:
+    return MoveQueue(
+        config=config,
+        settings=ground.settings,
+        records=ground.database,
+        journal=journal,
+        clock=ground.clock,
+        open_moves=open_moves,
+        chronicle=ground.chronicle,
+    )
 
 
 def _ground(config: Config) -> _Ground:

@@ -121,6 +121,12 @@ def move_asked(report: MoveReport, asked: Asked) -> Event:
     return msgspec.structs.replace(draft, asked=asked)
 
 
+def move_queued(report: MoveReport, asked: Asked) -> Event:
+    """Return the event of a move that waits for a slot."""
+    text = f"{asked} asked to move {report.vm} from {report.source} to {report.target} as soon as there is a slot"
+    return msgspec.structs.replace(_draft("move-queued", report, text), asked=asked)
+
+
 def storage_move_asked(report: MoveReport, asked: Asked) -> Event:
     """Return the event of a storage move that was asked for and admitted here."""
     draft = _draft("move-asked", report, f"{asked} asked to move {_disks(report)}")

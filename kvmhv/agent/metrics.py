@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info, Proce
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvmhv.model import HostSettings, IoStall, MoveReport, Outcome, Phase, Struct, Vm, VmState, VmSummary
+from kvmhv.model import HostSettings, IoStall, Mode, MoveReport, Outcome, Phase, Struct, Vm, VmState, VmSummary
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -37,6 +37,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     """By the VM's id: since when (UNIX time) its guest runs here."""
     stalls: tuple[tuple[Vm, IoStall], ...] = ()
     """Disks that answer nothing."""
+    queued: Mapping[str, int] = msgspec.field(default_factory=dict)
+    """How many moves wait for what."""
 
 
 class Metrics:
@@ -59,7 +61,7 @@ class Metrics:
         )
         self._refused = Counter(
             "kvmhv_migrations_refused",
-            "Moves that were asked for or offered and not admitted here, by the error's code; nothing queues.",
+            "Moves that were asked for or offered and not admitted here, by the error's code.",
             ("direction", "reason"),
             registry=registry,
         )
@@ -236,8 +238,13 @@ class _Present(Collector):
             count = sum(move.direction == direction for move in moves)
             used.add_metric((direction,), count)
             free.add_metric((direction,), max(0, most - count))
+        doc = "Moves out that wait for a slot, by the limit that they wait for."
+        queued = GaugeMetricFamily("kvmhv_migrations_queued", doc, labels=("reason",))
+        for reason, length in self.snapshot.queued.items():
+            queued.add_metric((reason,), length)
         yield used
         yield free
+        yield queued
         yield GaugeMetricFamily(
             "kvmhv_migration_enabled", "1 if this host takes part in moves.", value=int(settings.enabled)
         )
@@ -289,6 +296,7 @@ def _estimates(moves: tuple[MoveReport, ...]) -> Iterator[Metric]:
                 ("high", seen.seconds_high),
             ):
                 left.add(move, seconds, bound)
-            blackout.add(move, seen.blackout_ms / 1000)
+            if move.mode is not Mode.STORAGE:
+                blackout.add(move, seen.blackout_ms / 1000)
     yield left.family
     yield blackout.family

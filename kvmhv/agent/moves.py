@@ -12,26 +12,27 @@ import structlog
 from kvmhv.agent import arriving_files, events, past_moves
 from kvmhv.agent.api.services import CheckReport
 from kvmhv.agent.chronicle import Chronicle
-from kvmhv.agent.enquiry import enquire
+from kvmhv.agent.enquiry import Enquiry
 from kvmhv.agent.host_vms import HostVms
 from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.link import Link
+from kvmhv.agent.move_queue import PROMISE_S, MoveQueue
 from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.owners import Owners
-from kvmhv.agent.refusals import as_error, as_finding
+from kvmhv.agent.refusals import as_error, as_finding, refuse_hopeless
 from kvmhv.agent.runner import Runner
 from kvmhv.agent.settings import Settings, rule_of, with_option
 from kvmhv.agent.sharing import Sharing
 from kvmhv.agent.visit import Visit, first_hello
 from kvmhv.config import Config
-from kvmhv.core import admission, checks, checks_steered, facts, performance, plan, resolve
+from kvmhv.core import admission, checks, checks_steered, facts, plan, resolve
 from kvmhv.core.handover import SourceHold, TargetHold
 from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target import TargetState, TargetStep
-from kvmhv.errors import CallerError, KvmhvError, MoveFailed, PeerBroke, Refused
+from kvmhv.errors import CallerError, KvmhvError, PeerBroke, Refused
 from kvmhv.messages import Answer, Enquire, Offer, Proof
-from kvmhv.model import Asked, Inventory, MoveReport, MoveRequest, Refusal, Rule, Severity, Vm
+from kvmhv.model import Asked, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
 from kvmhv.ports import Clock, Hypervisor, Journal, Peer, PeerConnection
 from kvmhv.wire.session import SOURCE, TARGET, Hello
 
@@ -42,6 +43,9 @@ Written = list[Proof]
 
 CANCEL_WAIT_S = 60.0
 RESOLVE_WAIT_S = 20.0
+QUEUED = "queued"
+KEPT_FOR_S = 20.0
+"""A target that has told a queue of a free slot keeps it for so long."""
 
 
 class Moves:
@@ -61,6 +65,7 @@ class Moves:
         sharing: Sharing,
         owners: Owners,
         open_moves: OpenMoves,
+        queue: MoveQueue,
         chronicle: Chronicle,
     ) -> None:
         self._config = config
@@ -73,9 +78,12 @@ class Moves:
         self._shelf = past_moves.Shelf()
         self._clock = clock
         self._inventories = inventories
+        self._enquiry = Enquiry(config, hypervisor, peer, clock, inventories, sharing)
         self._sharing = sharing
         self._owners = owners
         self._open = open_moves
+        self._queue = queue
+        queue.serve_with(self._ask, self._begin)
         self._chronicle = chronicle
 
     # --- for operators
@@ -84,8 +92,8 @@ class Moves:
         """Check a move and plan it; changes nothing on either host."""
         vm = await self._checked_vm(request)
         request = with_option(self._settings.current, request)
-        here = await self._inventory_of(vm, request, dirty_rate=True)
-        here, there = await self._prove(here, vm, request)
+        here = await self._enquiry.inventory_of(vm, request, dirty_rate=True)
+        here, there = await self._enquiry.prove(here, vm, request)
         findings = (checks_steered.check if vm.runtime else checks.check)(vm, request, here, there)
         refusals = [self._admit_out(vm, request), there.refusal]
         findings = (*(as_finding(refusal) for refusal in refusals if refusal is not None), *findings)
@@ -98,29 +106,49 @@ class Moves:
         return CheckReport(findings=findings, plan=made)
 
     async def start(self, request: MoveRequest, asked: Asked) -> MoveReport:
-        """Begin a move; returns when it is admitted here.
+        """Begin a move, or queue it if it may wait; returns when it is admitted here, or in the queue.
 
         Raises CallerError `vm-unknown`, `move-to-itself`, `host-unknown`, `passes-invalid`; Refused
-        `migration-disabled`, `limit-reached`, `vm-in-move`. Who asked and what came of it is an event either way.
+        `migration-disabled`, `limit-reached`, `vm-in-move`; of one that may wait also `queue-full`, and what a check
+        finds at once. Who asked and what came of it is an event either way.
         """
         try:
-            report = await self._start(request, asked)
+            self._queue.refuse_second(request.vm)
+            if request.queue_s is None:
+                return await self._begin(request, asked)
+            return await self._enqueue(request, asked)
         except KvmhvError as error:
             self._chronicle.refused("out", error, events.move_refused(request.vm, request.target, asked, error))
             raise
-        self._chronicle.tell(events.move_asked(report, asked))
-        return report
 
-    async def _start(self, request: MoveRequest, asked: Asked) -> MoveReport:
+    async def _enqueue(self, request: MoveRequest, asked: Asked) -> MoveReport:
+        """What would keep the move from its end is said now, not when its turn has come."""
+        vm = await self._checked_vm(request)
+        refusals = self._admit_out(vm, request), await self._enquiry.refusal(vm, request)
+        refuse_hopeless(refusals, (await self.check(request)).findings, request.target)
+        self._queue.refuse_second(vm.name)  # another one may have come meanwhile
+        self._vms.claim(vm.name, QUEUED)  # refused if it is in a move already
+        self._vms.release(vm.name, QUEUED)
+        return self._queue.join(vm, request, asked)
+
+    async def _ask(self, request: MoveRequest, move_id: str) -> Refusal | None:
+        """Return why the target does not let the VM in now; if it does, it keeps a slot for this move for a moment."""
+        return await self._enquiry.refusal(await self._checked_vm(request), request, move_id)
+
+    async def _begin(
+        self, request: MoveRequest, asked: Asked, move_id: str = "", queued_s: float | None = None
+    ) -> MoveReport:
         vm = await self._checked_vm(request)
         request = with_option(self._settings.current, request)
         rule = rule_of(self._settings.current, request)
         past = self._experience(vm, request, rule)
-        refusal = self._admit_out(vm, request)
+        move_id = move_id or str(uuid.uuid4())
+        refusal = self._admit_out(vm, request, move_id)
         if refusal is not None:
             raise as_error(refusal)
-        move_id = str(uuid.uuid4())
         self._vms.claim(vm.name, move_id)
+        with_storage = request.include_storage and bool(vm.disks)
+        self._open.promise(move_id, out=True, with_storage=with_storage, for_s=PROMISE_S)
         try:
             state = SourceState(
                 move_id=move_id,
@@ -130,7 +158,7 @@ class Moves:
                 request=request,
                 rule=rule,
                 timeouts=self._config.timeouts,
-                inventory=await self._inventory_of(vm, request, dirty_rate=False),
+                inventory=await self._enquiry.inventory_of(vm, request, dirty_rate=False),
                 psk_hex=secrets.token_hex(32),
                 hold=SourceHold(epoch=vm.epoch + 1, announced=False),
                 started_wall_s=self._clock.wall_s(),
@@ -139,30 +167,34 @@ class Moves:
                 link_bytes_per_s=past.link_bytes_per_s,
                 fixed_blackout_ms=past.fixed_blackout_ms,
                 asked=asked,
+                queued_s=queued_s,
             )
-            inventory = await self._proven(state.inventory, vm, request)
+            inventory = await self._enquiry.proven(state.inventory, vm, request)
             state = msgspec.structs.replace(state, inventory=inventory)
             if not vm.runtime:
                 await self._owners.begin_move(vm, request.target)
         except BaseException:
+            self._open.withdraw(move_id)
             self._vms.release(vm.name, move_id)
             if not vm.runtime:
                 self._vms.disks.settle_owner(vm)
             raise
         log.info("move asked for", move=move_id, vm=vm.name, target=request.target, caller=str(asked))
-        runner = self._open.leave(state)
-        return runner.report()
+        report = self._open.leave(state).report()
+        self._chronicle.tell(events.move_asked(report, asked))
+        return report
 
     async def list(self) -> tuple[MoveReport | msgspec.Raw, ...]:
         """Return the moves that run and the ended ones that are kept (as JSON), the newest last."""
-        return (*self._shelf.listed(self._journal.reports()), *self._open.reports())
+        return (*self._shelf.listed(self._journal.reports()), *self._open.reports(), *self._queue.reports())
 
     async def show(self, move_id: str) -> MoveReport:
         """Return one move by its id or an unambiguous prefix.
 
         Raises CallerError `move-unknown`, `move-ambiguous`.
         """
-        running = [report for report in self._open.reports() if report.id.startswith(move_id)]
+        open_ones = (*self._open.reports(), *self._queue.reports())
+        running = [report for report in open_ones if report.id.startswith(move_id)]
         ended = past_moves.find(self._journal.reports(), move_id)
         found = {report.id: report for report in (*ended, *running)} if move_id else {}
         if not found:
@@ -177,6 +209,11 @@ class Moves:
         Raises Refused `cancel-at-source` on the target's agent, CallerError `move-ended`.
         """
         report = await self.show(move_id)
+        if self._queue.holds(report.id):
+            await self._queue.cancel(report.id, asked)
+            report = await self.show(report.id)
+            if report.outcome is not Outcome.RUNNING:
+                return report
         runner = self._open.any(report.id)
         if runner is not None and runner.machine.role == TARGET:
             raise Refused(
@@ -232,9 +269,11 @@ class Moves:
     async def watch(self, move_id: str) -> AsyncIterator[MoveReport]:
         """Yield the report now and after each change; ends after one whose outcome is not `running`."""
         report = await self.show(move_id)
+        async for change in self._queue.changes(report.id):
+            yield change
         runner = self._open.any(report.id)
         if runner is None:
-            yield report
+            yield await self.show(report.id)
             return
         async for change in runner.changes():
             yield change
@@ -266,8 +305,8 @@ class Moves:
             hello,
             self._config.name,
             self._clock,
-            self._ended(hello.move_id, connection.peer_name),
-            lambda message: self._answer(connection, message, written),
+            past_moves.ended(self._journal.reports(), hello.move_id, connection.peer_name),
+            lambda message: self._answer(connection, hello.move_id, message, written),
             lambda offer, link: self._accept(connection, hello, offer, link),
         )
         try:
@@ -285,11 +324,15 @@ class Moves:
 
     # --- as target
 
-    async def _answer(self, connection: PeerConnection, message: Enquire, written: Written) -> Answer:
+    async def _answer(self, connection: PeerConnection, move_id: str, message: Enquire, written: Written) -> Answer:
         written.extend(await self._sharing.prove(message.vm, message.nonces))
+        with_storage = message.request.include_storage and bool(message.vm.disks)
+        refusal = self._admit_in(connection, move_id, with_storage=with_storage)
+        if refusal is None and message.request.queue_s is not None:
+            self._open.promise(move_id, out=False, with_storage=with_storage, for_s=KEPT_FOR_S)
         inventory = await self._inventories.make(
             promised_bytes=self._open.promised_bytes(),
-            refusal=self._admit_in(connection, with_storage=message.request.include_storage and bool(message.vm.disks)),
+            refusal=refusal,
             arriving=message.vm if message.vm.runtime else None,
             with_storage=message.request.include_storage,
         )
@@ -298,9 +341,10 @@ class Moves:
     async def _accept(self, connection: PeerConnection, hello: Hello, offer: Offer, link: Link) -> Runner | None:
         """Let an offer in, or raise why not; nothing is allocated before. None: it has come already, another way."""
         usable = await self._inventories.migration_addresses()
-        if self._open.find(hello.move_id, TARGET) or self._ended(hello.move_id, connection.peer_name):
+        reports, peer = self._journal.reports(), connection.peer_name
+        if self._open.find(hello.move_id, TARGET) or past_moves.ended(reports, hello.move_id, peer):
             return None
-        refusal = self._admit_in(connection, with_storage=bool(offer.plan.disk_copies))
+        refusal = self._admit_in(connection, hello.move_id, with_storage=bool(offer.plan.disk_copies))
         refusal = refusal or admission.admit_addresses(offer.plan, self._config.name, connection.peer_name, usable)
         vm = offer.plan.target_vm
         if refusal is not None:
@@ -325,11 +369,11 @@ class Moves:
         )
         return self._open.arrive(state, link)
 
-    def _admit_in(self, connection: PeerConnection, *, with_storage: bool) -> Refusal | None:
+    def _admit_in(self, connection: PeerConnection, move_id: str, *, with_storage: bool) -> Refusal | None:
         return admission.admit_in(
             self._settings.current,
             self._config.name,
-            self._open.load(),
+            self._open.load(but=move_id),
             source=connection.peer_name,
             source_ip=connection.peer_ip,
             with_storage=with_storage,
@@ -349,43 +393,7 @@ class Moves:
         disks = request.include_storage and bool(vm.disks)
         return past_moves.experience(self._journal.reports(), request.target, disks=disks, rule=rule)
 
-    def _admit_out(self, vm: Vm, request: MoveRequest) -> Refusal | None:
+    def _admit_out(self, vm: Vm, request: MoveRequest, move_id: str = "") -> Refusal | None:
         with_storage = request.include_storage and bool(vm.disks)
-        return admission.admit_out(
-            self._settings.current, self._config.name, self._open.load(), with_storage=with_storage
-        )
-
-    async def _inventory_of(self, vm: Vm, request: MoveRequest, *, dirty_rate: bool) -> Inventory:
-        """Return this host's inventory; an estimate waits for the dirty rate, a move does not."""
-        if vm.runtime:
-            return await self._inventories.make(running=vm)
-        seen = await self._hypervisor.state(vm.id)
-        pages = request.performance == performance.COMPRESSION
-        return await self._inventories.make(running=vm if seen.process else None, dirty_rate=dirty_rate, pages=pages)
-
-    async def _prove(self, here: Inventory, vm: Vm, request: MoveRequest) -> tuple[Inventory, Inventory]:
-        """Ask the target for its inventory, and prove what both hosts see (agent/sharing.py)."""
-        challenge = await self._sharing.challenge(vm)
-        proofs: tuple[Proof, ...] = ()
-        hello = Hello(move_id=str(uuid.uuid4()), host=self._config.name, role=SOURCE, epoch=vm.epoch + 1)
-        question = Enquire(vm=vm, request=request, nonces=challenge.nonces)
-        try:
-            answer = await enquire(self._peer, self._clock, hello, question, self._config.timeouts.answer_s)
-            proofs = answer.proofs
-            return await self._sharing.conclude(here, vm, challenge, proofs), answer.inventory
-        finally:
-            await self._sharing.withdraw(challenge, proofs)
-
-    async def _proven(self, here: Inventory, vm: Vm, request: MoveRequest) -> Inventory:
-        """Return this host's inventory with the proofs; a target that cannot be reached is the move's to tell."""
-        if self._sharing.locations(vm):
-            with contextlib.suppress(MoveFailed, CallerError, Refused):
-                return (await self._prove(here, vm, request))[0]
-        return here
-
-    def _ended(self, move_id: str, other: str) -> MoveReport | None:
-        """Return how a move with that host ended here: a third one is told nothing of it."""
-        for report in past_moves.find(self._journal.reports(), move_id):
-            if report.id == move_id and other in (report.source, report.target):
-                return report
-        return None
+        load = self._open.load(but=move_id)
+        return admission.admit_out(self._settings.current, self._config.name, load, with_storage=with_storage)

@@ -1,7 +1,7 @@
 """The moves that are open on this host: one runner each, launched by a request, an offer or the journal."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 
 import msgspec
 import structlog
@@ -68,7 +68,10 @@ class OpenMoves:
         self._runners: dict[tuple[str, str], Runner] = {}
         self._gaps: dict[str, NetworkGap] = {}
         self._leaving: dict[str, tuple[SourceMachine, AnswerGap]] = {}
+        self._promises: dict[str, admission.Promise] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.on_slot: Callable[[], None] = lambda: None
+        """Told when a move has ended and its slots are free."""
         hypervisor.on_event(self._on_event)
         runtime.on_event(self._on_event)
 
@@ -84,8 +87,22 @@ class OpenMoves:
         """Return how every open move stands."""
         return tuple(runner.report() for runner in self._runners.values())
 
-    def load(self) -> admission.Load:
-        """Return how many moves of each kind are open."""
+    def promise(self, move_id: str, *, out: bool, with_storage: bool, for_s: float) -> None:
+        """Keep a slot for a move that is about to begin, until it has, and for so long at most."""
+        until_ms = self._clock.monotonic_ms() + for_s * 1000
+        self._promises[move_id] = admission.Promise(out=out, with_storage=with_storage, until_ms=until_ms)
+
+    def withdraw(self, move_id: str) -> None:
+        """Keep no slot any more for a move that does not begin."""
+        self._promises.pop(move_id, None)
+
+    def load(self, but: str = "") -> admission.Load:
+        """Return how many moves of each kind are open or have been promised a slot, without the promise to one."""
+        now_ms = self._clock.monotonic_ms()
+        self._promises = {key: it for key, it in self._promises.items() if it.until_ms > now_ms}
+        return self._open_load().plus([it for key, it in self._promises.items() if key != but])
+
+    def _open_load(self) -> admission.Load:
         states = [runner.state for runner in self._runners.values()]
         leaving = [state for state in states if isinstance(state, SourceState)]
         arriving = [state for state in states if isinstance(state, TargetState)]
@@ -236,6 +253,7 @@ class OpenMoves:
 
     def _launch(self, runner: Runner, effects: list[Effect], fact: facts.Fact | None) -> None:
         self._runners[runner.state.move_id, runner.machine.role] = runner
+        self.withdraw(runner.state.move_id)
         runner.on_need_operator = self._chronicle.need_operator
         runner.on_end = lambda report: self._ended(runner.state, runner.machine.role)
         if fact is not None:
@@ -263,6 +281,7 @@ class OpenMoves:
         self._vms.release(state.vm.name, state.move_id)
         if not state.vm.runtime:
             self._vms.disks.settle_owner(state.vm)
+        self.on_slot()
 
     async def _run_linked(self, runner: Runner, effects: list[Effect]) -> MoveReport:
         """Run a move with another agent."""

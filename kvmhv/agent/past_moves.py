@@ -29,6 +29,14 @@ def find(reports: Iterable[bytes], move_id: str) -> Iterator[MoveReport]:
     return (report for report in read(one for one in reports if named in one) if report.id.startswith(move_id))
 
 
+def ended(reports: Iterable[bytes], move_id: str, other: str) -> MoveReport | None:
+    """Return how a move with that host ended here: a third one is told nothing of it."""
+    for report in find(reports, move_id):
+        if report.id == move_id and other in (report.source, report.target):
+            return report
+    return None
+
+
 class Shelf:
     """The kept reports as they are listed: each is decoded once, to see that it can be read, and copied from then on.
 

@@ -17,11 +17,12 @@ from kvmhv.cli.session import Session, json_option
 from kvmhv.cli.watch import error_of, exit_status, request_cancel, until_end
 from kvmhv.config import ON_OVERRUN, PERFORMANCE_OPTIONS
 from kvmhv.errors import CallerError, Incompatible, Refused
-from kvmhv.model import ErrorBody, Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
+from kvmhv.model import WAIT_MAX_S, ErrorBody, Finding, MoveReport, MoveRequest, Outcome, Plan, Severity, Struct
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 CHECK_TIMEOUT_S = 120.0
+QUEUE_MAX_MINUTES = int(WAIT_MAX_S / 60)
 
 
 class Check(Struct, frozen=True, kw_only=True):
@@ -89,6 +90,12 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
     type=click.Choice(ON_OVERRUN),
     help="When it would be longer: cancel the move, slow the guest's CPUs down until it fits, or go on all the same.",
 )
+@click.option(
+    "--queue",
+    type=click.IntRange(1, QUEUE_MAX_MINUTES),
+    metavar="MINUTES",
+    help="Wait so long for a free slot, in the order of asking, instead of being refused by a limit.",
+)
 @click.option("--no-wait", is_flag=True, help="Only start the move.")
 @click.option("--dry-run", is_flag=True, help="Show findings, plan and estimate; change nothing.")
 @json_option
@@ -105,6 +112,7 @@ def move_vm(
     performance: str | None,
     blackout_limit: int | None,
     on_overrun: str | None,
+    queue: int | None,
     no_wait: bool,
     dry_run: bool,
 ) -> int:
@@ -123,6 +131,7 @@ def move_vm(
         performance=performance,
         blackout_limit_ms=blackout_limit,
         on_overrun=on_overrun,
+        queue_s=None if queue is None else queue * 60.0,
     )
     if dry_run:
         return _check(session, request, with_plan=True)
@@ -144,9 +153,8 @@ def begun_or_waited(session: Session, agent: Agent, begin: Callable[[], MoveRepo
         output.note("whether the move has begun is not known; see: kvmhv move list")
         raise
     if no_wait:
-        session.answer(
-            begun, lambda: output.say(f"move {begun.id} has begun; see it with: kvmhv move watch {begun.id}")
-        )
+        how = "waits for a slot" if begun.queue else "has begun"
+        session.answer(begun, lambda: output.say(f"move {begun.id} {how}; see it with: kvmhv move watch {begun.id}"))
         return 0
     return _wait(session, agent, begun.id, cancel_on_interrupt=True)
 
@@ -188,8 +196,8 @@ def _draw_moves(moves: Sequence[MoveReport]) -> None:
             it.id,
             it.vm,
             *ends_of(it),
-            it.outcome,
-            it.phase if it.outcome is Outcome.RUNNING else None,
+            "queued" if it.queue else it.outcome,
+            it.phase if it.outcome is Outcome.RUNNING and it.queue is None else None,
             f"{it.progress * 100:.0f} %",
             None if it.blackout_ms is None else f"{it.blackout_ms:.0f} ms",
             output.time_text(it.started_at),

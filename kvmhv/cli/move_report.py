@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kvmhv.cli import output
-from kvmhv.model import DiskCopy, Finding, Mode, MoveReport, MoveRequest, Outcome, Plan
+from kvmhv.model import DiskCopy, Finding, Mode, MoveReport, MoveRequest, Outcome, Plan, QueuePlace
 
 _VERBS = {
     Outcome.RUNNING: "is moving",
@@ -68,6 +68,12 @@ def ends_of(report: MoveReport) -> tuple[str, str]:
     return f"{report.source}/{','.join(sources)}", f"{report.target}/{','.join(targets)}"
 
 
+def queue_text(queue: QueuePlace) -> str:
+    """Return where a move waits, for what and how long at most."""
+    why = f": {queue.reason}" if queue.reason else ""
+    return f"number {queue.place} in the queue until {output.time_text(queue.until)} at most{why}"
+
+
 def draw_report(report: MoveReport, *, with_reason: bool = True) -> None:
     """Print phases and passes with their times, why it switched over, the blackout.
 
@@ -75,7 +81,8 @@ def draw_report(report: MoveReport, *, with_reason: bool = True) -> None:
     """
     mode = f" ({report.mode})" if report.mode else ""
     source, target = ends_of(report)
-    output.say(f"{report.vm} {_VERBS[report.outcome]}: {source} to {target}{mode}, move {report.id}")
+    verb = "waits for a slot" if report.queue else _VERBS[report.outcome]
+    output.say(f"{report.vm} {verb}: {source} to {target}{mode}, move {report.id}")
     if report.phases:
         output.table(("phase", "time"), [(done.phase, output.seconds_text(done.seconds)) for done in report.phases])
     if report.passes:
@@ -119,6 +126,8 @@ def _interruptions(report: MoveReport) -> list[tuple[str, object]]:
 
 def _summary(report: MoveReport) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("outcome", report.outcome)]
+    if report.queue is not None:
+        return [("queued", queue_text(report.queue)), *([("asked by", report.asked)] if report.asked else [])]
     if report.reason:
         rows.append(("reason", report.reason))
     if report.switchover:
@@ -131,6 +140,8 @@ def _summary(report: MoveReport) -> list[tuple[str, object]]:
         rows.append(("on the wire", output.size_text(report.wire_bytes)))
     if report.ended_at is not None:
         rows.append(("total", output.seconds_text(report.ended_at - report.started_at)))
+    if report.queued_seconds is not None:
+        rows.append(("waited for a slot", output.seconds_text(report.queued_seconds)))
     if report.asked is not None:
         rows.append(("asked by", report.asked))
     rows += [(f"on {one.host}", f"kvmhv {one.kvmhv}, QEMU {one.qemu} ({one.accel})") for one in report.versions]

@@ -1,8 +1,13 @@
 """May this move begin, as far as this host's settings go? Each side asks for itself, before it allocates anything."""
 
 import ipaddress
+from collections.abc import Collection
+
+import msgspec
 
 from kvmhv.model import Address, HostSettings, Plan, Refusal, Struct
+
+LIMIT = "limit-reached"
 
 
 class Load(Struct, frozen=True, kw_only=True):
@@ -11,6 +16,25 @@ class Load(Struct, frozen=True, kw_only=True):
     moves_out: int
     moves_in: int
     storage_copies: int
+
+    def plus(self, promises: "Collection[Promise]") -> "Load":
+        """Return the load when these have begun."""
+        out = sum(one.out for one in promises)
+        return msgspec.structs.replace(
+            self,
+            moves_out=self.moves_out + out,
+            moves_in=self.moves_in + len(promises) - out,
+            storage_copies=self.storage_copies + sum(one.with_storage for one in promises),
+        )
+
+
+class Promise(Struct, frozen=True, kw_only=True):
+    """A slot that is kept for a move which is about to begin."""
+
+    out: bool
+    """One of the moves out; else of the moves in."""
+    with_storage: bool
+    until_ms: float
 
 
 def admit_out(settings: HostSettings, host: str, load: Load, *, with_storage: bool) -> Refusal | None:

@@ -82,6 +82,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     fixed_blackout_ms: float | None = None
     """What earlier moves there took of a blackout beyond their memory."""
     asked: Asked | None = None
+    queued_s: float | None = None
+    """How long the move waited for a slot before it began."""
     versions: tuple[HostVersions, ...] = ()
 
     step: SourceStep = SourceStep.ENQUIRING
@@ -266,6 +268,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         request=state.request,
         versions=state.versions,
         plan=state.plan if state.step is SourceStep.ENDED else None,
+        queued_seconds=state.queued_s,
     )
 
 

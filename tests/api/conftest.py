@@ -223,6 +223,14 @@ class Moves:
         self.files[peer_name, move_id, name] = b"".join([chunk async for chunk in chunks])
 
 
+class NoQueue:
+    def reports(self) -> tuple[MoveReport, ...]:
+        return ()
+
+    def lengths(self) -> dict[str, int]:
+        return {"moves_out": 0}
+
+
 class Doctor:
     async def problems(self) -> tuple[Problem, ...]:
         return (Problem(id="kvm", severity=Severity.WARNING, text="no KVM", todo="nothing"),)
@@ -351,6 +359,7 @@ def compose(config: Config) -> Host:
         moves=moves,
         storage_moves=StorageMoves(moves),
         running_moves=lambda: tuple(moves.reports),
+        queued_moves=NoQueue(),
         recent_moves=lambda: (),
         doctor=Doctor(),
     )

@@ -54,6 +54,7 @@ async def metrics(api: Services, call: Call) -> web.Response:
         settings=api.settings.current,
         running_since=api.vm_states.running_since(),
         stalls=api.io_watch.all(),
+        queued=api.queued_moves.lengths(),
     )
     return web.Response(body=api.metrics.render(snapshot), headers={"Content-Type": CONTENT_TYPE})
 

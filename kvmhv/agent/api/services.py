@@ -180,6 +180,18 @@ class Moves(Protocol):
         ...
 
 
+class QueuedMoves(Protocol):
+    """Moves that wait for a slot."""
+
+    def reports(self) -> tuple[MoveReport, ...]:
+        """Return them, in their order."""
+        ...
+
+    def lengths(self) -> dict[str, int]:
+        """Return how many wait for what."""
+        ...
+
+
 class StorageMoves(Protocol):
     """Disks that change their location on this host."""
 
@@ -242,6 +254,7 @@ class Services:
     moves: Moves
     storage_moves: StorageMoves
     running_moves: RunningMoves
+    queued_moves: QueuedMoves
     recent_moves: RunningMoves
     """The last ones that ended, the newest first."""
     doctor: Doctor

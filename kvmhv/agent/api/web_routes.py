@@ -54,6 +54,7 @@ def own_view(api: Services) -> View:
         slots_in=settings.moves_in,
         vms=api.vm_states.summaries(),
         moves=tuple(slim(report) for report in api.running_moves()),
+        queued=tuple(slim(report) for report in api.queued_moves.reports()),
         last=tuple(slim(report) for report in api.recent_moves()),
     )
 

@@ -17,6 +17,8 @@ class View(Struct, frozen=True, kw_only=True):
     vms: tuple[VmSummary, ...]
     moves: tuple[MoveReport, ...]
     """Those that are open, out and in."""
+    queued: tuple[MoveReport, ...] = ()
+    """Those that wait for a slot, in their order."""
     last: tuple[MoveReport, ...]
     """The newest that ended, the newest first."""
 
