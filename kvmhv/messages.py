@@ -165,6 +165,12 @@ class Look(Message, frozen=True, kw_only=True):
     epoch: int
 
 
+class EndArrival(Message, frozen=True, kw_only=True):
+    """The program here moves nothing any more: end what still waits on your side for the VM to arrive."""
+
+    epoch: int
+
+
 class Seen(Message, frozen=True, kw_only=True):
     """What the target's program says of the VM now."""
 
@@ -172,6 +178,6 @@ class Seen(Message, frozen=True, kw_only=True):
     there: Whereabouts
 
 
-ToTarget = Enquire | Offer | FilesSent | MirrorsEnded | Grant | Look | Abort | Finished
+ToTarget = Enquire | Offer | FilesSent | MirrorsEnded | Grant | Look | EndArrival | Abort | Finished
 ToSource = Answer | FilesWanted | Ready | Running | Seen | Owned | Refused | Unknown
 AnyMessage = ToTarget | ToSource

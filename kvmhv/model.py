@@ -590,6 +590,8 @@ class Stay(enum.StrEnum):
     """Defined there, without a process."""
     RUNNING = "running"
     PAUSED = "paused"
+    ARRIVING = "arriving"
+    """It is made ready for a move in, and never ran there."""
     SILENT = "silent"
     """It does not answer."""
 

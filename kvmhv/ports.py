@@ -373,6 +373,10 @@ class Runtime(Protocol):
         """End its move and wait until none is under way. Raises HostError `libvirt` if it still is."""
         ...
 
+    async def end_arrival(self, vm_id: str) -> bool:
+        """End what waits here for a VM to arrive, if it never ran; returns whether that was so."""
+        ...
+
     async def end_copy(self, vm_id: str) -> None:
         """End and forget a copy that was succeeded on another host."""
         ...

@@ -19,7 +19,7 @@ from kvmhv.core.effects import (
 )
 from kvmhv.core.source_state import STEP_TIMER, SourceState, SourceStep
 from kvmhv.core.steered_end import LOOK_TIMER, LOOKS_ALIKE
-from kvmhv.messages import Abort, Answer, AnyMessage, Finished, Offer, Ready, Refused, Running, Seen
+from kvmhv.messages import Abort, Answer, AnyMessage, EndArrival, Finished, Offer, Ready, Refused, Running, Seen
 from kvmhv.messages import Look as LookThere
 from kvmhv.model import MIB, ErrorBody, IncomingAddress, Inventory, Outcome, Phase, RuntimeInfo, Stay, Whereabouts
 from tests.sim import examples
@@ -33,6 +33,10 @@ HERE, THERE = Whereabouts(stay=Stay.RUNNING), Whereabouts(stay=Stay.ABSENT, ran=
 def host(name: str, octet: int) -> Inventory:
     made = examples.inventory(name, octet=octet, running=VM if octet == 1 else None)
     return msgspec.structs.replace(made, runtimes={"libvirt": INFO})
+
+
+def sent(play: "Play", kind: type) -> bool:
+    return any(isinstance(one, Send) and isinstance(one.message, kind) for one in play.all)
 
 
 class Play:
@@ -182,6 +186,41 @@ def test_a_guest_that_stands_still_goes_on_only_if_the_target_proves_that_it_nev
         play.again()
     assert not any(isinstance(one, Cont | EndCopy) for one in play.all)
     assert [one.error.code for one in play.all if isinstance(one, NeedOperator)] == ["whereabouts-unclear"]
+
+
+def test_what_never_ran_at_the_target_and_cannot_be_ended_there_does_not_keep_the_move_open() -> None:
+    arriving = Whereabouts(stay=Stay.ARRIVING, busy=True)
+    play = Play().stopped()
+    play.handed(ERROR)
+    for _ in range(2 * LOOKS_ALIKE - 1):
+        play.answers(Whereabouts(stay=Stay.PAUSED), arriving)
+        play.again()
+    assert not any(isinstance(one, Cont) for one in play.all)
+    play.answers(Whereabouts(stay=Stay.PAUSED), arriving)
+    assert any(isinstance(one, Cont) for one in play.all)
+    play.again()
+    play.answers(HERE, arriving)
+    assert play.state.step is SourceStep.UNDOING
+    assert "virsh destroy" in play.state.warnings[-1]
+
+
+@pytest.mark.parametrize("here", [HERE, Whereabouts(stay=Stay.PAUSED)])
+def test_what_still_waits_at_the_target_is_ended_when_nothing_moves_it_any_more(here: Whereabouts) -> None:
+    arriving = Whereabouts(stay=Stay.ARRIVING, busy=True)
+    play = Play().stopped()
+    play.handed(ERROR)
+    for _ in range(LOOKS_ALIKE - 1):
+        play.answers(here, arriving)
+        play.again()
+    assert not sent(play, EndArrival)
+    play.answers(here, arriving)
+    assert sent(play, EndArrival)
+    play.again()
+    if here.stay is Stay.PAUSED:
+        assert any(isinstance(one, Cont) for one in play.answers(here, THERE))
+        play.again()
+    play.answers(HERE, THERE)
+    assert play.state.step is SourceStep.UNDOING
 
 
 def test_a_copy_that_was_succeeded_is_ended() -> None:

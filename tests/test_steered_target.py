@@ -3,10 +3,10 @@
 import msgspec
 
 from kvmhv.core import facts, steered_target
-from kvmhv.core.effects import Adopt, Effect, Finish, Look, NeedOperator, Prepare, Send, UndoTarget
+from kvmhv.core.effects import Adopt, Effect, EndCopy, Finish, Look, NeedOperator, Prepare, Send, UndoTarget
 from kvmhv.core.target_state import PEER_TIMER, STEP_TIMER, TargetState, TargetStep
 from kvmhv.core.target_undo import UNDO_TRIES
-from kvmhv.messages import Abort, AnyMessage, Finished, Offer, Ready, Refused, Running, Seen
+from kvmhv.messages import Abort, AnyMessage, EndArrival, Finished, Offer, Ready, Refused, Running, Seen
 from kvmhv.messages import Look as LookHere
 from kvmhv.model import IncomingAddress, Outcome, Stay, Whereabouts
 from tests.sim import examples
@@ -52,6 +52,14 @@ def test_it_tells_when_the_guest_runs_and_answers_where_it_is() -> None:
     assert [type(one) for one in target.hear(LookHere(epoch=1))] == [Look]
     found = Whereabouts(stay=Stay.RUNNING, ran=True)
     assert said(target.put(facts.Looked(at_ms=6.0, found=found)), Seen)
+
+
+def test_what_waits_in_vain_is_ended_on_the_sources_word() -> None:
+    target = Target().waiting()
+    assert target.hear(EndArrival(epoch=7)) == []
+    assert target.hear(EndArrival(epoch=1)) == [EndCopy()]
+    assert target.put(facts.CopyEnded(at_ms=5.0)) == []
+    assert target.state.step is TargetStep.WAITING
 
 
 def test_the_sources_word_ends_it() -> None:

@@ -27,6 +27,8 @@ def at(stay: Stay, *, ran: bool | None = None, busy: bool = False) -> Whereabout
         (at(Stay.RUNNING), at(Stay.OFF), Verdict.STAYS),
         (at(Stay.RUNNING), at(Stay.RUNNING), Verdict.TWICE),
         (at(Stay.RUNNING), at(Stay.PAUSED), Verdict.STANDS),
+        (at(Stay.RUNNING), at(Stay.ARRIVING, busy=True), Verdict.END_ARRIVAL),
+        (at(Stay.PAUSED), at(Stay.ARRIVING, busy=True), Verdict.END_ARRIVAL),
         (at(Stay.PAUSED), at(Stay.RUNNING), Verdict.END_COPY),
         (at(Stay.PAUSED), at(Stay.ABSENT, ran=False), Verdict.RESUME),
         (at(Stay.PAUSED), at(Stay.ABSENT), Verdict.STANDS),
@@ -46,6 +48,8 @@ def test_a_side_that_is_silent_or_still_at_it_leaves_no_conclusion(other: Wherea
     for unheard in (None, at(Stay.SILENT), at(Stay.RUNNING, busy=True), at(Stay.PAUSED, busy=True)):
         assert conclude(unheard, other) is Verdict.WAIT
         assert conclude(other, unheard) is Verdict.WAIT
+    for moving in (at(Stay.RUNNING, busy=True), at(Stay.PAUSED, busy=True)):
+        assert conclude(moving, at(Stay.ARRIVING, busy=True)) is Verdict.WAIT
 
 
 def test_nothing_is_ever_let_go_or_ended_without_proof() -> None:
@@ -55,6 +59,9 @@ def test_nothing_is_ever_let_go_or_ended_without_proof() -> None:
             assert there.stay in (Stay.ABSENT, Stay.OFF)
             assert there.ran is False
             assert here.stay is Stay.PAUSED
+        if verdict is Verdict.END_ARRIVAL:
+            assert there.stay is Stay.ARRIVING
+            assert not here.busy
         if verdict in (Verdict.END_COPY, Verdict.MOVED):
             assert there.stay is Stay.RUNNING
             assert here.stay in NOT_RUNNING

@@ -176,6 +176,8 @@ class SteeredTarget:
         self._watch = 0
         """The unbroken time in which the VM was to arrive; 0: something may have been missed."""
         self._ran = state.resumed_ms is not None
+        self._ended_before_it_ran = False
+        self._ending = False
         self._prepared = state.address is not None
         """The images are this move's own: only then may they be deleted."""
 
@@ -196,6 +198,8 @@ class SteeredTarget:
                 return partial(self._prepare, plan)
             case Look():
                 return self._look
+            case EndCopy():
+                return self._end_arrival
             case Adopt():
                 return self._adopt
             case UndoTarget(plan=plan):
@@ -214,11 +218,21 @@ class SteeredTarget:
         return facts.Looked(at_ms=self._clock.monotonic_ms(), found=self._with_past(found))
 
     def _with_past(self, found: Whereabouts) -> Whereabouts:
-        """Add what the events told: that it never ran here is proven by an unbroken watch alone."""
+        """Add what was seen before: who watched all the time, or ended it while it waited, knows that it never ran."""
         if self._ran or found.stay is Stay.RUNNING:
             return msgspec.structs.replace(found, ran=True)
         watched = self._watch != 0 and self._watch == self._runtime.watch
-        return msgspec.structs.replace(found, ran=False if watched else None)
+        return msgspec.structs.replace(found, ran=False if watched or self._ended_before_it_ran else None)
+
+    async def _end_arrival(self) -> facts.Fact:
+        if not self._ending:  # a program that does not come to it is not asked again on top
+            self._ending = True
+            try:
+                if await self._runtime.end_arrival(self._vm.id):
+                    self._ended_before_it_ran = True
+            finally:
+                self._ending = False
+        return facts.CopyEnded(at_ms=self._clock.monotonic_ms())
 
     async def _adopt(self) -> facts.Fact:
         await self._runtime.adopt(self._vm)

@@ -32,7 +32,7 @@ from kvmhv.core.source_state import (
 )
 from kvmhv.core.whereabouts import Verdict
 from kvmhv.core.whereabouts import conclude as verdict_of
-from kvmhv.messages import Abort, Finished, Refused, Seen
+from kvmhv.messages import Abort, EndArrival, Finished, Refused, Seen
 from kvmhv.messages import Look as LookThere
 from kvmhv.model import ErrorBody, Outcome, Phase, Stay
 
@@ -40,7 +40,7 @@ LOOK_TIMER = "look"
 LOOK_S = 1.0
 """Between two questions to both sides."""
 LOOKS_ALIKE = 5
-PATIENT = (Verdict.GONE, Verdict.STANDS)
+PATIENT = (Verdict.GONE, Verdict.STANDS, Verdict.END_ARRIVAL)
 """While a program clears up, a VM may look like this for a moment."""
 
 
@@ -128,6 +128,21 @@ def ended_copy(state: SourceState, fact: facts.Fact) -> Result:
     return state, []
 
 
+def _end_arrival(state: SourceState, at_ms: float) -> Result:
+    """A program that does not end it either can no longer run it: it never ran, and nothing brings it memory."""
+    assert state.here is not None
+    if state.looks_alike < 2 * LOOKS_ALIKE:
+        return state, [Send(message=EndArrival(epoch=state.hold.epoch))]
+    if state.here.stay is Stay.PAUSED:
+        return _resume(state, at_ms)
+    warning = (
+        f"{state.vm.runtime} on {state.target} keeps a half-made {state.vm.name} that never ran, and does not end it: "
+        f"try {_command(state, 'end')} there"
+    )
+    state = update(state, warnings=(*state.warnings, warning))
+    return _stays(state, at_ms) if state.here.stay is Stay.RUNNING else _gone(state, at_ms)
+
+
 def _gone(state: SourceState, at_ms: float) -> Result:
     why = f" ({state.failure.message})" if state.failure else ""
     vm, program = state.vm.name, state.vm.runtime
@@ -198,6 +213,7 @@ ON_VERDICT: dict[Verdict, Callable[[SourceState, float], Result]] = {
     Verdict.MOVED: _moved,
     Verdict.STAYS: _stays,
     Verdict.RESUME: _resume,
+    Verdict.END_ARRIVAL: _end_arrival,
     Verdict.END_COPY: _end_copy,
     Verdict.GONE: _gone,
     Verdict.TWICE: _twice,

@@ -8,7 +8,7 @@ It decides nothing: the source asks both sides and concludes (steered.py, wherea
 """
 
 from kvmhv.core import facts, target_undo
-from kvmhv.core.effects import Adopt, ClearTimer, Finish, Journal, Look, NeedOperator, Prepare, Send, SetTimer
+from kvmhv.core.effects import Adopt, ClearTimer, EndCopy, Finish, Journal, Look, NeedOperator, Prepare, Send, SetTimer
 from kvmhv.core.target_state import (
     PEER_TIMER,
     STEP_TIMER,
@@ -19,7 +19,7 @@ from kvmhv.core.target_state import (
     report,
     update,
 )
-from kvmhv.messages import Abort, Finished, Offer, Ready, Running, Seen
+from kvmhv.messages import Abort, EndArrival, Finished, Offer, Ready, Running, Seen
 from kvmhv.messages import Look as LookHere
 from kvmhv.model import ErrorBody, Outcome
 
@@ -87,6 +87,12 @@ def _looked(state: TargetState, fact: facts.Fact) -> Result:
     return state, [Send(message=Seen(epoch=state.hold.epoch, there=fact.found))]
 
 
+def _end_arrival(state: TargetState, fact: facts.Fact) -> Result:
+    """What waits here waits in vain; the next look says that it is gone, and that it never ran."""
+    message = facts.message_of(fact, EndArrival)
+    return state, [EndCopy()] if message.epoch == state.hold.epoch else []
+
+
 def _finished(state: TargetState, fact: facts.Fact) -> Result:
     """The source has concluded that the VM is here."""
     message = facts.message_of(fact, Finished)
@@ -138,6 +144,7 @@ T = TargetStep
 ON_MESSAGE: dict[tuple[TargetStep, type], Handler] = {
     (T.WAITING, Offer): _offered_again,
     (T.WAITING, LookHere): _asked,
+    (T.WAITING, EndArrival): _end_arrival,
     (T.WAITING, Finished): _finished,
     (T.WAITING, Abort): target_undo.aborted,
     (T.PREPARING, Abort): target_undo.aborted,

@@ -18,6 +18,8 @@ class Verdict(enum.StrEnum):
     """It runs here, and nothing of it is at the target."""
     RESUME = "resume"
     """It stands still here, and the target proves that it never ran there."""
+    END_ARRIVAL = "end-arrival"
+    """Nothing moves it here any more, and what waits for it at the target never ran: the program forgot to end it."""
     END_COPY = "end-copy"
     """It runs at the target; what stands still here was succeeded."""
     GONE = "gone"
@@ -35,7 +37,11 @@ NOT_THERE = (Stay.ABSENT, Stay.OFF)
 
 def conclude(here: Whereabouts | None, there: Whereabouts | None) -> Verdict:
     """Return the verdict; `None`: that side was not heard."""
-    if here is None or there is None or here.busy or there.busy or Stay.SILENT in (here.stay, there.stay):
+    if here is None or there is None or here.busy or Stay.SILENT in (here.stay, there.stay):
+        return Verdict.WAIT
+    if there.stay is Stay.ARRIVING:
+        return Verdict.END_ARRIVAL
+    if there.busy or here.stay is Stay.ARRIVING:
         return Verdict.WAIT
     if there.stay is Stay.RUNNING:
         return _runs_there(here)

@@ -270,3 +270,54 @@ def test_what_virsh_does_is_seen_at_once(site: Site) -> None:
     assert site.virsh(site.b) == {"web01": "shut off"}
     for command in (("vm", "remove", "web01", "--yes"), ("vm", "create", "web01", "--memory", "32M")):
         assert site.b.run(*command).json["error"]["code"] in ("vm-of-runtime", "vm-exists")
+
+
+@pytest.mark.parametrize("phase", ["storage", "memory", "state"])
+@pytest.mark.parametrize("dies", ["source", "target"])
+def test_a_libvirt_that_is_killed_leaves_one_guest(site: Site, dies: str, phase: str) -> None:
+    """Whatever libvirt makes of it, and whatever kvmhv is told: the guest runs once, and can be moved after that."""
+    site.boot(rate_bytes_per_s=400 * MIB, working_set_bytes=8 * MIB)
+    before = definition(site.a, "web01")
+    victim = site.a.host if dies == "source" else site.b.host
+    with site.a.slow_network("4mbit"):
+        move_id = site.a.begin(site.b, "--max-passes", "1")
+        # A libvirt that is killed while it starts a QEMU keeps a domain without a process, and can never end it.
+        site.a.reaches(move_id, phase, lambda report: phase != "storage" or report["storage_total_bytes"] > 0)
+        site.libvirt.kill(victim)
+        site.libvirt.start(victim)
+    until("the move ends", lambda: site.a.report(move_id)["outcome"] in ("done", "failed"))
+    report = site.a.report(move_id)
+    assert report["error"] is None or report["error"]["todo"], report
+    source, target = (site.b, site.a) if report["outcome"] == "done" else (site.a, site.b)
+    assert site.copies() == [source.name]
+    assert "web01" not in site.virsh(target)
+    assert target.sh(f"ls {IMAGES}") == "media.iso\n"
+    site.works(source)
+    assert definition(source, "web01") == before
+    site.moved(source, target)
+    site.works(target)
+
+
+def test_a_last_answer_that_is_lost_is_not_guessed(site: Site) -> None:
+    """libvirt's open window: the target has let the guest go on, and its source hears nothing of it.
+
+    libvirt lets the source's copy go on too. kvmhv cannot keep it from that; it says so at once, and to the operator.
+    """
+    site.boot(rate_bytes_per_s=400 * MIB, working_set_bytes=8 * MIB)
+    deaf = f"blackhole {site.a.host.plan.addresses['management']}"
+    with site.a.slow_network("8mbit"):
+        move_id = site.a.begin(site.b, "--max-passes", "1")
+        site.a.reaches(move_id, "state")
+        site.b.sh(f"ip route add {deaf}")
+    try:
+        until("the target runs it", lambda: site.virsh(site.b).get("web01") == "running")
+        until("the source's libvirt gives up", lambda: site.virsh(site.a).get("web01") == "running")
+    finally:
+        site.b.sh(f"ip route del {deaf}")
+    until("it is told", lambda: site.a.report(move_id)["outcome"] == "needs-operator")
+    report = site.a.report(move_id)
+    assert report["error"]["code"] == "runs-twice", report
+    assert "virsh destroy web01" in report["error"]["todo"]
+    site.a.sh("virsh -q destroy web01")
+    until("the move ends by itself", lambda: site.a.report(move_id)["outcome"] == "done")
+    assert site.copies() == ["host2"]

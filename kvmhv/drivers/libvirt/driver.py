@@ -12,6 +12,7 @@ from kvmhv.config import Config
 from kvmhv.drivers.libvirt import arrival, moving
 from kvmhv.drivers.libvirt.connection import Connection
 from kvmhv.drivers.libvirt.definition import NAME, Domain, needs_of, paths_of, vm_of
+from kvmhv.drivers.libvirt.states import STATES, WITHOUT_PROCESS, whereabouts
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import (
     Plan,
@@ -27,17 +28,6 @@ from kvmhv.model import (
 )
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
-STATES = (  # by libvirt's numbers: none, running, blocked, paused, in shutdown, off, crashed, suspended by the guest
-    VmState.UNKNOWN,
-    VmState.RUNNING,
-    VmState.RUNNING,
-    VmState.PAUSED,
-    VmState.STOPPING,
-    VmState.STOPPED,
-    VmState.CRASHED,
-    VmState.PAUSED,
-)
-WITHOUT_PROCESS = (VmState.STOPPED, VmState.CRASHED)
 SUSPENDED, RESUMED, STARTED, STOPPED = 3, 4, 2, 5
 """virDomainEventType."""
 EVENTS = {SUSPENDED: "STOP", RESUMED: "RESUME", STOPPED: "GONE"}
@@ -230,11 +220,7 @@ class Libvirt:
             domain = self._lookup(connection, vm_id)
             if domain is None:
                 return Whereabouts(stay=Stay.ABSENT)
-            state = STATES[domain.state()[0]]
-            if state in WITHOUT_PROCESS:
-                return Whereabouts(stay=Stay.OFF)
-            stay = Stay.RUNNING if state in (VmState.RUNNING, VmState.STOPPING) else Stay.PAUSED
-            return Whereabouts(stay=stay, busy=moving.under_way(domain))
+            return whereabouts(self._connection.library, domain)
 
         try:
             return await self._connection.call("where a domain is", read, LOOK_S)
@@ -368,6 +354,19 @@ class Libvirt:
         await self._connection.call("ending a move", lambda it: moving.abort(library, self._domain(it, vm_id)))
         if not await self._until(vm_id, timeout_s, lambda found: not found.busy and found.stay is not Stay.SILENT):
             raise HostError("libvirt", "libvirt does not end its move", "see `virsh domjobinfo`")
+
+    async def end_arrival(self, vm_id: str) -> bool:
+        """End an incoming domain that libvirt has left standing; False for any other, which stays as it is."""
+        library = self._connection.library
+
+        def end(connection: Any) -> bool:
+            domain = self._lookup(connection, vm_id)
+            if domain is None or whereabouts(library, domain).stay is not Stay.ARRIVING:
+                return False
+            domain.destroy()
+            return True
+
+        return await self._connection.call("ending an arrival", end)
 
     async def end_copy(self, vm_id: str) -> None:
         """End and forget a copy that was succeeded on another host."""

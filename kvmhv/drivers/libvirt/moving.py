@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from kvmhv.drivers.libvirt.definition import domain_of
+from kvmhv.drivers.libvirt.states import NO_JOB, Job, job_of
 from kvmhv.model import MIB, Plan
 from kvmhv.ports import MemoryStats, MirrorStats
 
 DOWNTIME_MS = 1
 """libvirt's QEMU would switch over by itself as soon as it can in 300 ms; kvmhv's rule decides when, not that."""
 MOST_MIB_PER_S = 1 << 20
-NO_JOB = 0
-"""VIR_DOMAIN_JOB_NONE."""
-MOVE_OPERATIONS = (5, 6)
-"""VIR_DOMAIN_JOB_OPERATION_MIGRATION_IN, _OUT."""
 CERTIFICATES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
 ENCRYPT = "tls"
 """Word of Plan.capabilities."""
@@ -85,19 +82,13 @@ def stop(domain: Any) -> None:
 
 def abort(library: Any, domain: Any) -> None:
     """End the move, if one is under way."""
-    if not under_way(domain):
+    if job_of(library, domain) is Job.NONE:
         return
     try:
         domain.abortJob()
     except library.libvirtError as error:
         if error.get_error_code() != library.VIR_ERR_OPERATION_INVALID:
             raise  # it ended meanwhile, or is too far: whoever asks where the domain is learns which
-
-
-def under_way(domain: Any) -> bool:
-    """Whether libvirt moves the domain now."""
-    said: dict[str, Any] = domain.jobStats()
-    return said.get("type", NO_JOB) != NO_JOB and said.get("operation", MOVE_OPERATIONS[0]) in MOVE_OPERATIONS
 
 
 def used_bytes(domain: Any) -> int:
