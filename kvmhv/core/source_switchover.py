@@ -120,9 +120,11 @@ def memory_sent(state: SourceState, fact: facts.Fact) -> Result:
 
 
 def grant_it(state: SourceState) -> Result:
-    """Give the VM away and wait for the proof."""
+    """Give the VM away and wait for the proof; that it is said again does not make the wait longer."""
     hold, effects = handover.grant(state.hold, sent=state.memory_sent)
     after = update(state, hold=hold, step=SourceStep.GRANTED, guest_runs=False)
+    if state.step is SourceStep.GRANTED:
+        return after, effects
     return after, [*effects, SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
 
 

@@ -149,7 +149,8 @@ def _grant(state: TargetState, fact: facts.Fact) -> Result:
     effects: list[Effect] = []
     if not (state.unexported or state.mirrors_ended):  # its MirrorsEnded was lost; who grants does not write any more
         effects.append(Unexport())
-    if not state.transferred:  # it will be said at once, or never: the source's QEMU is gone
+    first = state.granted_epoch is None
+    if first and not state.transferred:  # it will be said at once, or never: the source's QEMU is gone
         effects.append(SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s / 2))
     if not message.sent and not state.held:
         error = ErrorBody(

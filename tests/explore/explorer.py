@@ -1,75 +1,164 @@
-"""Every interleaving of a handover with up to so many faults: breadth first, so that a trace is a shortest one."""
+"""Every interleaving of a handover with up to so many faults: is each world safe, and does each run of it end?
+
+Worlds are explored by the number of their faults, so none is visited again with more of them. Those that a fault does
+not part are gone through depth first, and a world that follows from itself is a run that never ends. Where nothing
+happens any more, time passes: the timers go off, in every order. So every run ends in which nothing breaks any more.
+"""
 
 from collections import deque
+from itertools import pairwise
 
 from kvmhv.core.handover import HandoverViolation
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target_state import TargetState
 from kvmhv.model import Outcome
 from tests.explore import acts
-from tests.explore.transitions import HOSTS, Bounds, Next, Transitions
-from tests.explore.world import CONNECTED, LOST, Violation, World
+from tests.explore.packing import Packing
+from tests.explore.transitions import HOSTS, Bounds
+from tests.explore.world import Violation, World
 
-HEAL_STEPS = 400
+LONGEST_RUN = 200
+"""No run that ends comes near it."""
+TOLD_WORLDS = 60
+"""How much of a run that never ends is shown."""
 
 
 class Found(Exception):
-    """An invariant was broken; the text is the trace."""
+    """An invariant was broken; the text is the trace, which is only searched for when somebody wants to read it."""
+
+    def __init__(self, explorer: "Explorer", way: list[int], end: str) -> None:
+        self._explorer, self._way, self._end = explorer, way, end
+
+    def __str__(self) -> str:
+        return self._explorer.told(self._way, self._end)
 
 
-class Explorer(Transitions):
+class Explorer(Packing):
     """Explores one set of bounds."""
 
     def __init__(self, bounds: Bounds) -> None:
         super().__init__(bounds)
-        self.spent: dict[World, list[tuple[int, int]]] = {}
-        self.parents: dict[World, tuple[World, str] | None] = {}
-        self.healed: set[World] = set()
+        self.visited: set[int] = set()
+        self.by_faults: list[int] = []
+        """How many worlds need so many faults."""
+        self.ways_back: set[int] = set()
+        """How the way back begins, whatever the first move went through."""
         self.standing = 0
         self.ends: dict[str, int] = {}
 
     # --- exploring
 
     def explore(self) -> int:
-        """Visit every world; raises Found with a shortest trace. Returns how many there are."""
-        first = self.first()
-        self.parents = {first: None}
-        levels: list[deque[World]] = [deque() for _ in range(self.bounds.faults + self.bounds.slow + 1)]
-        levels[0].append(first)
-        for level in levels:
+        """Visit every world; raises Found with a trace. Returns how many there are."""
+        begins = [self.begin()]
+        for faults in range(self.bounds.faults + 1):
+            before = len(self.visited)
+            begins = self._explore_level(begins, last=faults == self.bounds.faults)
+            self.by_faults.append(len(self.visited) - before)
+        return len(self.visited)
+
+    def begin(self) -> int:
+        """Return the world in which the move that is explored begins."""
+        first = self.pack(self.first())
+        if self.bounds.move == 0:
+            return first
+        self._explore_level([first], last=True)
+        (back,) = self.ways_back
+        self.visited.clear()
+        return back
+
+    def _explore_level(self, begins: list[int], *, last: bool) -> list[int]:
+        """Visit what follows without another fault; returns what follows with one."""
+        visited, following, badly = self.visited, self.following, self.badly
+        broken: set[int] = set()
+        under_way: set[int] = set()
+        stack = begins
+        while stack:
+            world = stack.pop()
+            if world < 0:  # all that follows from it has been visited
+                under_way.discard(~world)
+                continue
+            if world in visited:
+                continue
+            visited.add(world)
+            under_way.add(world)
+            stack.append(~world)
+            try:
+                for after in following(world):
+                    if after not in visited:
+                        stack.append(after)
+                    elif after in under_way:
+                        raise Violation("it never ends")
+                if len(under_way) > LONGEST_RUN:
+                    raise Violation("it goes on and on")
+                if not last:
+                    broken.update(badly(world))
+            except (AssertionError, HandoverViolation) as error:
+                way = [~one for one in stack if one < 0]
+                raise Found(self, way, f"{type(error).__name__}: {error}") from error
+        return [world for world in broken if world not in visited]
+
+    def following(self, packed: int) -> list[int]:
+        """Return what follows from a world without another fault; checks the world if that is nothing."""
+        found = self.calmly(packed)
+        if found:
+            return found
+        world = self.unpack(packed)
+        if self.has_ended(packed):
+            self._check_end(world)
+            qemu = world.hosts[1 - world.source].qemu
+            if world.move == 0 and qemu is not None and qemu.status == "running":
+                self.ways_back.add(self.pack(self.move_back(world)))
+            return []
+        found = self.in_time(packed)
+        if not found:
+            self._check_standing(world)
+        return found
+
+    # --- telling
+
+    def told(self, way: list[int], end: str) -> str:
+        """Return how it came to this, with the fewest faults and steps; of a run that never ends, its last worlds."""
+        shortest = self._shortest(last=len(self.by_faults)) or way[-TOLD_WORLDS:]
+        lines = [self.show(self.unpack(shortest[0]))]
+        for before, after in pairwise(shortest):
+            lines.append(f"  {self._label(before, after)}\n      {self.show(self.unpack(after))}")
+        return "\n".join([*lines, end])
+
+    def _shortest(self, last: int) -> list[int]:
+        """Return the shortest way to a world from which a step breaks an invariant; empty if there is none."""
+        first = self.begin()
+        parents: dict[int, int | None] = {first: None}
+        levels = [deque([first]), *(deque[int]() for _ in range(last))]
+        for faults, level in enumerate(levels):
             while level:
                 world = level.popleft()
-                if self._explored_with_less(world):
-                    continue
                 try:
-                    following = list(self.following(world))
-                except (AssertionError, HandoverViolation) as error:
-                    raise Found(self.trace(world, f"{type(error).__name__}: {error}")) from error
-                for label, after in following:
-                    if after not in self.parents:
-                        self.parents[after] = (world, label)
-                        levels[after.faults + after.slow].append(after)
-                self._check_heals(world)
-        return len(self.spent)
+                    found = [(after, level) for after in self.following(world)]
+                    if faults < last:
+                        found += [(after, levels[faults + 1]) for after in self.badly(world)]
+                except (AssertionError, HandoverViolation):
+                    way: list[int] = []
+                    at: int | None = world
+                    while at is not None:
+                        way.append(at)
+                        at = parents[at]
+                    return way[::-1]
+                for after, there in found:
+                    if after not in parents:
+                        parents[after] = world
+                        there.append(after)
+        return []
 
-    def _explored_with_less(self, world: World) -> bool:
-        """Whether this world was explored with no more faults and slow timers spent: then nothing new follows."""
-        core = world._replace(faults=0, slow=0)
-        spent = self.spent.setdefault(core, [])
-        if any(faults <= world.faults and slow <= world.slow for faults, slow in spent):
-            return True
-        spent.append((world.faults, world.slow))
-        return False
-
-    def trace(self, world: World, end: str) -> str:
-        """Return how this world came about."""
-        lines = [end]
-        at: World | None = world
-        while at is not None:
-            parent = self.parents.get(at)
-            lines.append(f"  {parent[1] if parent else 'the memory phase'}\n      {self.show(at)}")
-            at = parent[0] if parent else None
-        return "\n".join(reversed(lines))
+    def _label(self, before: int, after: int) -> str:
+        """Return what leads from a world to another one."""
+        world = self.unpack(before)
+        for steps_of in (self.healthy_of, self.timers_of, self.faults_of):
+            for index in (0, 1):
+                for label, found in steps_of(world, index):
+                    if self.pack(found) == after:
+                        return label
+        return "they connect" if self.unpack(after).link else "CUT"
 
     def show(self, world: World) -> str:
         """Return a world in one line."""
@@ -95,53 +184,7 @@ class Explorer(Transitions):
         words.extend(f"<{self._word(one)}" for one in host.inbox)
         return " ".join(word for word in words if word)
 
-    def _word(self, number: int) -> str:
-        return {LOST: "lost", CONNECTED: "connected"}.get(number) or type(self.memory.messages.values[number]).__name__
-
-    # --- healing and the end
-
-    def _check_heals(self, world: World) -> None:
-        """Without another fault every move ends, or stands still where the rule says that it must."""
-        path: list[tuple[World, str]] = []
-        for _ in range(HEAL_STEPS):
-            core = world._replace(faults=0, slow=0)
-            if core in self.healed:
-                break
-            self.healed.add(core)
-            move = world.move
-            try:
-                following = next((one for one in self.healthy(world) if one[1].move == move), None)
-                if following is None:
-                    if all(host.state < 0 for host in world.hosts):
-                        self._check_end(world)
-                        break
-                    following = self._heal_by_timer(world)
-                    if following is None:
-                        self._check_standing(world)
-                        break
-            except (AssertionError, HandoverViolation) as error:
-                raise Found(self._heal_trace(path, world, f"{type(error).__name__}: {error}")) from error
-            path.append((world, following[0]))
-            world = following[1]
-        else:
-            raise Found(self._heal_trace(path, world, "it never ends"))
-
-    def _heal_by_timer(self, world: World) -> Next | None:
-        for index in (0, 1):
-            for name in sorted(world.hosts[index].timers):
-                after = self._fire(world, index, name)
-                if after.hosts != world.hosts:
-                    return f"{HOSTS[index]}: timer {name}", after
-        return None
-
-    def _heal_trace(self, path: list[tuple[World, str]], world: World, end: str) -> str:
-        start = path[0][0] if path else world
-        lines = [self.trace(start, "--- from here on no fault")]
-        lines.extend(
-            f"  {label}\n      {self.show(after)}"
-            for (_, label), after in zip(path, [*(one for one, _ in path[1:]), world], strict=True)
-        )
-        return "\n".join([*lines, end])
+    # --- where it ends
 
     def _check_standing(self, world: World) -> None:
         """Only this may stand still: announced, granted, and the target's host died before it said whether it ran."""

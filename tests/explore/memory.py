@@ -10,7 +10,8 @@ from kvmhv.core.effects import Effect
 from kvmhv.core.facts import Fact, Restarted
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target_state import TargetState
-from kvmhv.model import ErrorBody, MoveReport
+from kvmhv.messages import Running
+from kvmhv.model import ErrorBody, MoveReport, Phase
 
 State = SourceState | TargetState
 WORDS = ErrorBody(code="error", message="", todo="")
@@ -63,9 +64,17 @@ def _without_words(value: msgspec.Struct) -> msgspec.Struct:
     if hasattr(value, "warnings"):
         changes["warnings"] = ()
     if isinstance(value, MoveReport):
-        changes |= {"reason": None, "phases": ()}
+        changes |= {"reason": None, "phases": (), "passes": (), "switchover": None, "blackout_steps": ()}
+        changes |= dict.fromkeys(("blackout_ms", "blackout_uncertainty_ms", "network_gap_ms", "plan"))
+        changes |= {"memory_bytes": 0, "remaining_bytes": 0, "phase": Phase.SETUP, "progress": 0.0}
     if isinstance(value, SourceState):
-        changes |= {"passes": (), "marks": (), "ended_ms": None, "pass_begun": None}
+        changes |= {"passes": (), "marks": (), "ended_ms": None, "pass_begun": None, "blackout_marks": ()}
+        changes |= {"stopped_ms": None, "clock_uncertainty_ms": None, "switchover": None, "memory_sent_bytes": 0}
+        changes |= {"progress_ms": None}
+    if isinstance(value, TargetState):
+        changes |= {"loaded_ms": None, "granted_ms": None}
+    if isinstance(value, Running):
+        changes |= {"loaded_before_ms": None, "granted_before_ms": None}
     return msgspec.structs.replace(value, **changes) if changes else value
 
 

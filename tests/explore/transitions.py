@@ -1,6 +1,6 @@
 """What may come next in a world: what the agents do, what QEMU does, what fails."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from kvmhv.core import effects as ef
@@ -17,17 +17,22 @@ from tests.sim import examples
 HOSTS = ("host1", "host2")
 MUCH_BYTES = 1 << 36
 """So much memory that the first pass announces no switchover: it comes as a surprise."""
+MOVES = 2
 Next = tuple[str, World]
+
+
+KINDS = frozenset({"kill", "qemu", "host", "cut", "dup", "reorder"})
+"""What can break. `slow`, which is not among them: a timer that goes off although all is well, or a cancel."""
 
 
 class Bounds(NamedTuple):
     """How much of the world is explored."""
 
     faults: int = 3
-    slow: int = 1
-    moves: int = 1
     disks: int = 1
-    kinds: frozenset[str] = frozenset({"kill", "qemu", "host", "cut", "dup", "reorder"})
+    move: int = 0
+    """0: from A to B; 1: the way back, as the first move leaves the hosts."""
+    kinds: frozenset[str] = KINDS
 
 
 class Transitions:
@@ -43,8 +48,8 @@ class Transitions:
         """Both machines in the memory phase of the first move, by the real steps."""
         moving = examples.vm(disks=self.bounds.disks)
         hosts = (
-            Host(ended=(-1,) * self.bounds.moves, defined=True, disk="good", qemu=Qemu("running", fresh=True)),
-            Host(ended=(-1,) * self.bounds.moves),
+            Host(ended=(-1,) * MOVES, defined=True, disk="good", qemu=Qemu("running", fresh=True)),
+            Host(ended=(-1,) * MOVES),
         )
         return self._begin(World(hosts=hosts, shared=not self.bounds.disks), moving)
 
@@ -107,35 +112,70 @@ class Transitions:
     def _volatile_id(self, world: World, index: int) -> str:
         return f"{HOSTS[index]}-{world.hosts[index].boot}"
 
-    # --- transitions
+    # --- transitions, of one host: of the other one they see no more than Packing.seen() leaves
 
-    def following(self, world: World) -> Iterator[Next]:
-        """Yield every world that may come next."""
-        yield from self.healthy(world)
-        if all(host.state < 0 and host.durable < 0 for host in world.hosts):
-            return  # nothing is left that could go wrong
-        if world.slow < self.bounds.slow:
-            yield from self._slow(world._replace(slow=world.slow + 1))
-        if world.faults < self.bounds.faults:
-            yield from self._faults(world._replace(faults=world.faults + 1))
+    def healthy_of(self, world: World, index: int) -> Iterator[Next]:
+        """Yield what this host, its agent and its QEMU do next in a healthy world, timers apart."""
+        yield from self._answers(world, index)
+        for what, after, hears, fact in acts.by_itself(world):
+            if hears == index:
+                yield what, self._event(after, index, fact)
+        host = world.hosts[index]
+        if not host.up:
+            yield f"{HOSTS[index]} boots", world.at(index, host._replace(up=True))
+        elif not host.agent:
+            yield self._restart(world, index)
 
-    def healthy(self, world: World) -> Iterator[Next]:
-        """Yield what happens in a healthy world, timers apart."""
-        for index in (0, 1):
-            yield from self._answers(world, index)
-        for what, after, index, fact in acts.by_itself(world):
-            yield what, self._event(after, index, fact)
-        for index in (0, 1):
-            host = world.hosts[index]
-            if not host.up:
-                yield f"{HOSTS[index]} boots", world.at(index, host._replace(up=True))
-            elif not host.agent:
-                yield self._restart(world, index)
-        if not world.link and self._can_connect(world):
-            yield "they connect", self._connect(world)
-        after = self._second_move(world)
-        if after is not None:
-            yield "the move back begins", after
+    def timers_of(self, world: World, index: int) -> Iterator[Next]:
+        """Yield what its timers do, where they do anything."""
+        for name in sorted(world.hosts[index].timers):
+            after = self._fire(world, index, name)
+            if after != world:
+                yield f"{HOSTS[index]}: timer {name}", after
+
+    def faults_of(self, world: World, index: int) -> Iterator[Next]:
+        """Yield what may break on this host, or at its end of the connection."""
+        kinds = self.bounds.kinds
+        host, name = world.hosts[index], HOSTS[index]
+        if host.agent and "kill" in kinds:
+            yield f"KILL the agent of {name}", self._kill(world, index)
+        if host.up and "kill" in kinds:
+            yield from self._deaths_within(world, index, power=False)
+        if host.up and "host" in kinds:
+            yield f"POWER of {name} fails", self._power_off(world, index)
+            yield from self._deaths_within(world, index, power=True)
+        if host.qemu is not None and "qemu" in kinds:
+            yield f"QEMU of {name} dies", self._qemu_dies(world, index)
+        if "dup" in kinds and host.agent and host.inbox and host.inbox[0] >= 0:
+            yield f"{name} hears {self._word(host.inbox[0])} twice", self._hear(world, index, host.inbox[0])
+        if "reorder" in kinds and host.agent and len(host.inbox) > 1 and min(host.inbox[:2]) >= 0:
+            first, second, *rest = host.inbox
+            yield f"{name}: two messages change places", world.at(index, host._replace(inbox=(second, first, *rest)))
+        if "slow" in kinds:
+            yield from self.timers_of(world, index)
+            if host.state >= 0 and isinstance(self.memory.states.values[host.state], SourceState):
+                cancel = facts.CancelRequested(at_ms=0, caller="the operator")
+                yield "somebody cancels", self._handle(world, index, cancel)
+
+    # --- transitions of both hosts
+
+    def connect(self, world: World) -> World:
+        """A connection stands."""
+        hosts = tuple(host._replace(inbox=(CONNECTED,)) for host in world.hosts)
+        return world._replace(hosts=(hosts[0], hosts[1]), link=True)
+
+    def cut(self, world: World) -> World:
+        """The connection is lost with all that was on its way."""
+        hosts = tuple(host._replace(inbox=(LOST,) if host.agent and host.state >= 0 else ()) for host in world.hosts)
+        return world._replace(hosts=(hosts[0], hosts[1]), link=False)
+
+    def move_back(self, world: World) -> World:
+        """The VM's way back begins; everything has ended, and it runs at the target."""
+        moving = examples.vm(disks=self.bounds.disks, epoch=world.move + 1)
+        hosts = tuple(host._replace(boot=0, ended=(0, -1)) for host in world.hosts)
+        return self._begin(world._replace(hosts=(hosts[0], hosts[1]), move=world.move + 1, crashed=False), moving)
+
+    # --- the hosts
 
     def _answers(self, world: World, index: int) -> Iterator[Next]:
         host = world.hosts[index]
@@ -158,54 +198,25 @@ class Transitions:
                 after = self._handle(after, index, fact)
             yield f"{HOSTS[index]} did {type(effect).__name__}", after
 
-    def _slow(self, world: World) -> Iterator[Next]:
-        for index in (0, 1):
-            host = world.hosts[index]
-            for name in sorted(host.timers):
-                yield f"{HOSTS[index]}: timer {name}", self._fire(world, index, name)
-            if host.state >= 0 and isinstance(self.memory.states.values[host.state], SourceState):
-                cancel = facts.CancelRequested(at_ms=0, caller="the operator")
-                yield "somebody cancels", self._handle(world, index, cancel)
-
     def _fire(self, world: World, index: int, name: str) -> World:
         host = world.hosts[index]
         world = world.at(index, host._replace(timers=host.timers - {name}))
         return self._handle(world, index, facts.TimerFired(at_ms=0, name=name))
 
-    def _faults(self, world: World) -> Iterator[Next]:
-        kinds = self.bounds.kinds
-        for index in (0, 1):
-            host, name = world.hosts[index], HOSTS[index]
-            if host.agent and "kill" in kinds:
-                yield f"KILL the agent of {name}", self._kill(world, index)
-                yield from self._kills_within(world, index, power=False)
-            if host.up and "host" in kinds:
-                yield f"POWER of {name} fails", self._power_off(world, index)
-                yield from self._kills_within(world, index, power=True)
-            if host.qemu is not None and "qemu" in kinds:
-                yield f"QEMU of {name} dies", self._qemu_dies(world, index)
-            if "dup" in kinds and host.agent and host.inbox and host.inbox[0] >= 0:
-                yield f"{name} hears {self._word(host.inbox[0])} twice", self._hear(world, index, host.inbox[0])
-            if "reorder" in kinds and host.agent and len(host.inbox) > 1 and min(host.inbox[:2]) >= 0:
-                first, second, *rest = host.inbox
-                yield (
-                    f"{name}: two messages change places",
-                    world.at(index, host._replace(inbox=(second, first, *rest))),
-                )
-        if world.link and "cut" in kinds:
-            yield "CUT", self._cut(world)
-
-    def _kills_within(self, world: World, index: int, *, power: bool) -> Iterator[Next]:
+    def _deaths_within(self, world: World, index: int, *, power: bool) -> Iterator[Next]:
         """The agent (or the host) dies between two effects of what it would handle next, or with an effect done."""
         die = self._power_off if power else self._kill
-        what = "POWER" if power else "KILL"
+        what = f"{'POWER of' if power else 'KILL'} {HOSTS[index]}"
         host = world.hosts[index]
+        if not host.agent:
+            found = self._recovered(world, index)
+            if found is not None:
+                yield from self._cut_short(*found, index, f"{what} in its recovery", die)
+            return
         candidates: list[tuple[str, World, Fact]] = []
-        if host.inbox and host.inbox[0] >= 0:
-            message = self.memory.messages.values[host.inbox[0]]
-            after = world.at(index, host._replace(inbox=host.inbox[1:]))
-            if host.state >= 0:
-                candidates.append((type(message).__name__, after, facts.Received(at_ms=0, message=message)))
+        if host.inbox:
+            fact = self._heard(host.inbox[0])
+            candidates.append((self._word(host.inbox[0]), world.at(index, host._replace(inbox=host.inbox[1:])), fact))
         if host.events:
             fact = self.memory.facts.values[host.events[0]]
             candidates.append((type(fact).__name__, world.at(index, host._replace(events=host.events[1:])), fact))
@@ -215,42 +226,28 @@ class Transitions:
             effect = self.memory.effects.values[number]
             rest = tuple(one for one in host.doing if one != number)
             after, done = acts.complete(self.memory, world.at(index, host._replace(doing=rest)), index, effect)
-            yield f"{what} {HOSTS[index]} with {type(effect).__name__} done", die(after, index)
+            yield f"{what} with {type(effect).__name__} done", die(after, index)
             if done is not None:
                 candidates.append((type(effect).__name__, after, done))
         for label, after, fact in candidates:
             state = after.hosts[index].state
-            if state < 0:
-                continue
-            number, effects = self.memory.step(state, fact)
-            for count in range(1, len(effects)):
-                cut = after.at(index, after.hosts[index]._replace(state=number))
-                for effect_number in effects[:count]:
-                    cut = acts.now(self.memory, cut, index, self.memory.effects.values[effect_number])
-                yield f"{what} {HOSTS[index]} after {count} effects of {label}", die(cut, index)
+            if state >= 0:
+                number, effects = self.memory.step(state, fact)
+                stepped = after.at(index, after.hosts[index]._replace(state=number))
+                yield from self._cut_short(stepped, effects, index, f"{what} in {label}", die)
 
-    def _second_move(self, world: World) -> World | None:
-        here, there = world.hosts[1 - world.source], world.hosts[world.source]
-        ready = (
-            world.move + 1 < self.bounds.moves
-            and all(host.up and host.agent and host.state < 0 and not host.inbox for host in world.hosts)
-            and here.defined
-            and here.qemu is not None
-            and here.qemu.status == "running"
-            and not there.defined
-            and there.ended[world.move] >= 0
-        )
-        if not ready:
-            return None
-        moving = examples.vm(disks=self.bounds.disks, epoch=world.move + 1)
-        hosts = tuple(host._replace(boot=0) for host in world.hosts)
-        return self._begin(world._replace(hosts=(hosts[0], hosts[1]), move=world.move + 1, crashed=False), moving)
+    def _cut_short(
+        self, world: World, effects: tuple[int, ...], index: int, what: str, die: Callable[[World, int], World]
+    ) -> Iterator[Next]:
+        for count, number in enumerate(effects[:-1], 1):
+            world = acts.now(self.memory, world, index, self.memory.effects.values[number])
+            yield f"{what} after {count} effects", die(world, index)
 
     # --- faults
 
     def _kill(self, world: World, index: int) -> World:
         host = world.hosts[index]
-        return self._cut(world.at(index, host.without_agent())) if world.link else world.at(index, host.without_agent())
+        return self.cut(world.at(index, host.without_agent())) if world.link else world.at(index, host.without_agent())
 
     def _power_off(self, world: World, index: int) -> World:
         other = world.hosts[1 - index]
@@ -258,7 +255,7 @@ class Transitions:
         if host.disk and other.qemu is not None and other.qemu.mirrors:
             host = host._replace(disk="stale")  # what the mirror wrote was not flushed
         world = world.at(index, host)._replace(crashed=True)
-        return self._cut(world) if world.link else world
+        return self.cut(world) if world.link else world
 
     def _qemu_dies(self, world: World, index: int) -> World:
         host, other = world.hosts[index], world.hosts[1 - index]
@@ -266,10 +263,6 @@ class Transitions:
             host = host._replace(disk="stale")
         world = world.at(index, host._replace(qemu=None, exported=False))._replace(crashed=True)
         return self._event(world, index, facts.QemuGone(at_ms=0, error=acts.ERROR))
-
-    def _cut(self, world: World) -> World:
-        hosts = tuple(host._replace(inbox=(LOST,) if host.agent and host.state >= 0 else ()) for host in world.hosts)
-        return world._replace(hosts=(hosts[0], hosts[1]), link=False)
 
     # --- the agents
 
@@ -306,10 +299,17 @@ class Transitions:
         return world
 
     def _restart(self, world: World, index: int) -> Next:
+        found = self._recovered(world, index)
+        if found is None:
+            return f"{HOSTS[index]}'s agent starts", world.at(index, world.hosts[index]._replace(agent=True))
+        return f"{HOSTS[index]}'s agent takes the move up", self._perform(found[0], index, found[1])
+
+    def _recovered(self, world: World, index: int) -> tuple[World, tuple[int, ...]] | None:
+        """What a new agent makes of the journal, and what it is about to do; None: there is nothing in it."""
         host = world.hosts[index]._replace(agent=True)
         kept = host.volatile if host.volatile >= 0 else host.durable
         if kept < 0:
-            return f"{HOSTS[index]}'s agent starts", world.at(index, host)
+            return None
         state = self.memory.states.values[kept]
         qemu = host.qemu
         found = facts.Restarted(
@@ -320,26 +320,22 @@ class Transitions:
             rebooted=state.volatile_id != self._volatile_id(world, index),
         )
         number, effects = self.memory.recover(kept, found)
-        world = world.at(index, host._replace(state=number))
-        return f"{HOSTS[index]}'s agent takes the move up", self._perform(world, index, effects)
+        return world.at(index, host._replace(state=number)), effects
 
-    def _can_connect(self, world: World) -> bool:
-        return all(host.agent and not host.inbox for host in world.hosts) and any(
-            host.state >= 0 for host in world.hosts
-        )
+    def _word(self, number: int) -> str:
+        return {LOST: "lost", CONNECTED: "connected"}.get(number) or type(self.memory.messages.values[number]).__name__
 
-    def _connect(self, world: World) -> World:
-        hosts = tuple(host._replace(inbox=(CONNECTED,)) for host in world.hosts)
-        return world._replace(hosts=(hosts[0], hosts[1]), link=True)
+    def _heard(self, number: int) -> Fact:
+        if number == LOST:
+            return facts.PeerLost(at_ms=0, error=acts.ERROR)
+        if number == CONNECTED:
+            return facts.PeerConnected(at_ms=0)
+        return facts.Received(at_ms=0, message=self.memory.messages.values[number])
 
     def _hear(self, world: World, index: int, number: int) -> World:
         if world.hosts[index].state < 0:
             return self._visited(world, index, number)
-        if number == LOST:
-            return self._handle(world, index, facts.PeerLost(at_ms=0, error=acts.ERROR))
-        if number == CONNECTED:
-            return self._handle(world, index, facts.PeerConnected(at_ms=0))
-        return self._handle(world, index, facts.Received(at_ms=0, message=self.memory.messages.values[number]))
+        return self._handle(world, index, self._heard(number))
 
     def _visited(self, world: World, index: int, number: int) -> World:
         """A host that has no open state of the move is asked about it (agent/visit.py)."""

@@ -96,9 +96,6 @@ class World(NamedTuple):
     move: int = 0
     crashed: bool = False
     """A QEMU or a host has died: the VM may be stopped."""
-    faults: int = 0
-    slow: int = 0
-    """Timers that went off although the world was healthy."""
 
     def at(self, index: int, host: Host) -> "World":
         """The same world with another host."""

@@ -76,7 +76,7 @@ standing/accepts: no timer peer, say Unknown
 
 source peer-connected
 ----
-granted/granted: no timer peer, journal in memory, say Grant(sent=false ran=false), timer step 15 s
+granted/granted: no timer peer, journal in memory, say Grant(sent=false ran=false)
 
 deliver
 ----

@@ -112,7 +112,7 @@ lost: Owned
 
 source peer-connected
 ----
-granted/granted: no timer peer, say MirrorsEnded(held=true), journal in memory, say Grant(sent=true ran=false), timer step 15 s
+granted/granted: no timer peer, say MirrorsEnded(held=true), journal in memory, say Grant(sent=true ran=false)
 
 target peer-connected
 ----

@@ -87,7 +87,7 @@ granted/granted: NEEDS THE OPERATOR (handover-unknown)
 
 source peer-connected
 ----
-granted/granted: no timer peer, say MirrorsEnded(held=true), journal in memory, say Grant(sent=true ran=false), timer step 15 s
+granted/granted: no timer peer, say MirrorsEnded(held=true), journal in memory, say Grant(sent=true ran=false)
 
 deliver
 ----

@@ -68,7 +68,7 @@ granted/granted: journal in memory, say Grant(sent=false ran=false), journal on 
 
 source peer-connected
 ----
-granted/granted: no timer peer, journal in memory, say Grant(sent=false ran=false), timer step 15 s
+granted/granted: no timer peer, journal in memory, say Grant(sent=false ran=false)
 
 deliver
 ----
