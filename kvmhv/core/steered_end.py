@@ -130,17 +130,18 @@ def ended_copy(state: SourceState, fact: facts.Fact) -> Result:
 
 def _end_arrival(state: SourceState, at_ms: float) -> Result:
     """A program that does not end it either can no longer run it: it never ran, and nothing brings it memory."""
-    assert state.here is not None
+    here = state.here
+    assert here is not None
     if state.looks_alike < 2 * LOOKS_ALIKE:
         return state, [Send(message=EndArrival(epoch=state.hold.epoch))]
-    if state.here.stay is Stay.PAUSED:
+    if here.stay is Stay.PAUSED:
         return _resume(state, at_ms)
     warning = (
         f"{state.vm.runtime} on {state.target} keeps a half-made {state.vm.name} that never ran, and does not end it: "
         f"try {_command(state, 'end')} there"
     )
     state = update(state, warnings=(*state.warnings, warning))
-    return _stays(state, at_ms) if state.here.stay is Stay.RUNNING else _gone(state, at_ms)
+    return _stays(state, at_ms) if here.stay is Stay.RUNNING else _gone(state, at_ms)
 
 
 def _gone(state: SourceState, at_ms: float) -> Result:
