@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from kvmhv.agent.sharing import Sharing
+from kvmhv.agent.sharing import TRIES, Sharing
 from kvmhv.drivers.database import Database
 from kvmhv.drivers.storage.storage import Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume
@@ -121,3 +121,25 @@ async def test_agents_that_die_over_it_leave_nothing_beyond_their_next_start(
     assert len(within(share)) == 2
     await swept(source)
     assert within(share) == [precious]
+
+
+async def test_a_nonce_whose_place_is_taken_is_written_to_another(
+    hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = hosts[0].storage.volume("share")
+    assert volume is not None
+    swap, refused = volume.swap_record, []
+
+    def full(name: str, old: bytes | None, new: bytes | None) -> bool:
+        if len(refused) < TRIES - 1:
+            refused.append(name)
+            return False
+        return swap(name, old, new)
+
+    monkeypatch.setattr(volume, "swap_record", full)
+    challenge = await hosts[0].sharing.challenge(VM)
+    assert [nonce.name in refused for nonce in challenge.nonces] == [False]
+    await hosts[0].sharing.withdraw(challenge)
+    refused.clear()
+    monkeypatch.setattr(volume, "swap_record", lambda *_swap: False)
+    assert set((await hosts[0].sharing.challenge(VM)).failed) == {"share"}
