@@ -44,18 +44,19 @@ def guest(pair: Pair, tmp_path: Path) -> Iterator[Sniffer]:
     sniffer = Sniffer(pair.lab, pair.a.show()["vm"]["nics"][0]["mac"], tmp_path / "frames")
     try:
         until("the guest beats", lambda: (tmp_path / "frames").read_text().count("\n") > 50)
-        type_on_the_console(pair.a, pair.vm_id, "httpd -p 80 -h /tmp; echo 'serves' web")
-        until("it serves HTTP, too", lambda: "serves web" in pair.a.console())
+        serve_http(pair.a, pair.vm_id)
         yield sniffer
     finally:
         sniffer.end()
 
 
-def type_on_the_console(side: Side, vm_id: str, line: str) -> None:
-    """Give a line to the guest's shell."""
+def serve_http(side: Side, vm_id: str) -> None:
+    """Have the guest's shell start a web server."""
+    until("the guest's shell", lambda: "BusyBox" in side.console())
     with socket.socket(socket.AF_UNIX) as console:
         console.connect(str(side.file(f"/run/kvmhv/vm/{vm_id}/console.sock")))
-        console.sendall(f"{line}\n".encode())
+        console.sendall(b"httpd -p 80 -h /tmp; echo 'serves' web\n")
+        until("it serves HTTP", lambda: "serves web" in side.console())  # QEMU drops what it has not read when we leave
 
 
 def address(pair: Pair) -> str:
