@@ -12,9 +12,12 @@ from kvmhv.model import (
     Accel,
     Asked,
     BlackoutStep,
+    DiskCopy,
+    DiskFormat,
     ErrorBody,
     Finding,
     HostVersions,
+    Layer,
     Mode,
     MoveRequest,
     Outcome,
@@ -114,6 +117,28 @@ def read(page: str) -> Reader:
     reader.close()
     assert reader.open == []
     return reader
+
+
+def test_a_storage_move_is_told_as_what_it_is() -> None:
+    layers = [(Layer(location=name, path="db01/disk0.qcow2", format=DiskFormat.QCOW2),) for name in ("default", "nfs")]
+    copy = DiskCopy(disk="disk0", size_bytes=MIB, used_bytes=MIB, source_layers=layers[0], target_layers=layers[1])
+    phases = tuple(one for one in DONE.phases if one.phase is not Phase.MEMORY)
+    gone = {"passes": (), "switchover": None, "blackout_ms": None, "blackout_steps": (), "plan": None, "request": None}
+    alone = msgspec.structs.replace(
+        DONE, mode=Mode.STORAGE, target="host1", disks=(copy,), writes_held_ms=34.0, phases=phases, **gone
+    )
+    text = read(move_html.page(alone)).text
+    for word in ("Storage move", "host1/default → host1/nfs", "Requests held", "34 ms", "nfs/db01/disk0.qcow2"):
+        assert word in text, text
+    for word in ("Blackout", "Network gap", "Passes", "Memory sent", "brownout", "Live migration"):
+        assert word not in text, word
+
+
+def test_a_move_that_waited_in_vain_says_how_long() -> None:
+    waited = msgspec.structs.replace(DONE, outcome=Outcome.FAILED, queued_seconds=600.0, blackout_ms=None)
+    text = read(move_html.page(waited)).text
+    assert "Waited for a slot" in text
+    assert "10 min 00 s" in text
 
 
 def test_the_page_has_every_figure_and_nothing_from_outside() -> None:

@@ -184,6 +184,18 @@ def test_until_the_network_is_measured_a_switchover_is_near_if_it_may_be() -> No
     assert not progress.is_near(standing(phase=Phase.MEMORY, used_bytes=1 * GIB, expected_bytes_per_s=100e6))
 
 
+def test_a_move_of_disks_alone_goes_on_as_it_went_so_far() -> None:
+    assert progress.storage_estimate(400, 100, 0.1) is None, "nothing can be told yet"
+    assert progress.storage_estimate(400, 0, 60.0) is None
+    seen = progress.storage_estimate(400, 100, 10.0)
+    assert seen is not None
+    assert seen.seconds_low < seen.seconds_likely < seen.seconds_high
+    assert seen.seconds_likely == pytest.approx(30, abs=1)
+    grown = progress.storage_estimate(400, 500, 10.0)
+    assert grown is not None
+    assert grown.seconds_likely < 1
+
+
 def test_progress_in_the_blackout_is_near_the_end() -> None:
     assert progress.progress(standing(phase=Phase.STATE), 0.3, 0.0) == progress.BLACKOUT_PROGRESS
     assert progress.progress(standing(phase=Phase.CLEANUP), 0.99, 1.0) == 0.99

@@ -223,9 +223,11 @@ class Moves:
         self.files[peer_name, move_id, name] = b"".join([chunk async for chunk in chunks])
 
 
-class NoQueue:
+class Queue:
+    waiting: tuple[MoveReport, ...] = ()
+
     def reports(self) -> tuple[MoveReport, ...]:
-        return ()
+        return self.waiting
 
     def lengths(self) -> dict[str, int]:
         return {"moves_out": 0}
@@ -359,7 +361,7 @@ def compose(config: Config) -> Host:
         moves=moves,
         storage_moves=StorageMoves(moves),
         running_moves=lambda: tuple(moves.reports),
-        queued_moves=NoQueue(),
+        queued_moves=Queue(),
         recent_moves=lambda: (),
         doctor=Doctor(),
     )

@@ -8,7 +8,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvmhv.model import DiskCopy, DiskFormat, ErrorBody, Estimate, Layer, Mode, Outcome, Pass, Phase, Switchover
+from kvmhv.model import (
+    DiskCopy,
+    DiskFormat,
+    ErrorBody,
+    Estimate,
+    Layer,
+    Mode,
+    Outcome,
+    Pass,
+    Phase,
+    QueuePlace,
+    Switchover,
+)
 from tests.browser import Browser, browser
 
 pytestmark = pytest.mark.timeout(180)
@@ -57,6 +69,9 @@ async def test_the_page_in_a_browser(make_host: Any, move_report: Any, tmp_path:
         """What the host shows from now on; the agent lives in another thread than the browser."""
         loop.call_soon_threadsafe(lambda: host.moves.reports.__setitem__(slice(None), list(reports)))
 
+    place = QueuePlace(place=1, until=1700000000.0, reason="host2 has 2 incoming moves and allows 2")
+    waiting = msgspec.structs.replace(running, id="m3", vm="web03", phase=Phase.SETUP, passes=(), queue=place)
+    host.services.queued_moves.waiting = (waiting,)
     await asyncio.to_thread(_look, f"https://{host.address}/", token, running, change, tmp_path)
 
 
@@ -177,6 +192,7 @@ def _read_aloud(window: Browser, running: Any, change: Any) -> None:
     }
     assert [node for node in seen if node["role"] in named and not node["name"]] == []
     names = [node["name"] for node in seen]
+    assert any("host2 has 2 incoming moves and allows 2" in name for name in names), "what waits for a slot says why"
     for name in ("web01, host1 to host2", "db01, host1/default to host1/nfs", "Progress of web01", "Progress of db01"):
         assert names.count(name) == 1, names
     change()
