@@ -283,4 +283,4 @@ def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], kind: 
     top = f"<thead><tr>{cells('th', titles)}</tr></thead>" if any(titles) else ""
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     table = f'<table class="{kind}">{top}<tbody>{body}</tbody></table>'
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{table}</div>'
+    return f'<div class="scroll" role="group" tabindex="0" aria-label="{name}">{table}</div>'

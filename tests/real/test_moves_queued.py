@@ -38,7 +38,7 @@ def test_moves_wait_for_a_slot_in_their_order(pair: Pair) -> None:
         again = a.move(b)
         assert (again.status, again.json["error"]["code"]) == (4, "vm-in-move")
         a.host.agent_kill()
-        a.host.agent_start()
+        a.host.agent_wait()
         assert [report["id"] for report in a.kvmhv("move", "list") if report["queue"]] == [first, second]
         assert a.kvmhv("move", "cancel", second)["outcome"] == "cancelled"
         assert (a.show()["pid"], a.show("web02")["state"]) == (pid, "running")
