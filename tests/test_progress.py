@@ -184,6 +184,14 @@ def test_until_the_network_is_measured_a_switchover_is_near_if_it_may_be() -> No
     assert not progress.is_near(standing(phase=Phase.MEMORY, used_bytes=1 * GIB, expected_bytes_per_s=100e6))
 
 
+def test_before_the_first_page_goes_all_of_the_memory_is_left() -> None:
+    """The disks are there, and QEMU has not said yet how much memory there is to send."""
+    rates = {"expected_bytes_per_s": 10.0 * MIB, "expected_dirty_bytes_per_s": 0.0}
+    before = progress.estimate(standing(phase=Phase.MEMORY, used_bytes=100 * MIB, remaining_bytes=0, **rates))
+    assert before is not None
+    assert before.seconds_likely > 10
+
+
 def test_a_move_of_disks_alone_goes_on_as_it_went_so_far() -> None:
     assert progress.storage_estimate(400, 100, 0.1) is None, "nothing can be told yet"
     assert progress.storage_estimate(400, 0, 60.0) is None

@@ -182,8 +182,8 @@ def _left_of_pass(standing: Standing, worse: float) -> float:
     """Return what the running pass has still to send; the first one skips what is empty, and nobody knows where."""
     if standing.passes:
         return float(standing.remaining_bytes)
-    if standing.phase is not Phase.MEMORY:
-        return float(standing.used_bytes)
+    if standing.phase is not Phase.MEMORY or not (standing.remaining_bytes or standing.pass_sent_bytes):
+        return float(standing.used_bytes)  # QEMU has not told yet what there is to send
     used_left = standing.used_bytes * min(worse, 1.1) - standing.pass_sent_bytes
     return min(float(standing.remaining_bytes), max(used_left, 0.02 * standing.used_bytes))
 
