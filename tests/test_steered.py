@@ -102,8 +102,10 @@ class Play:
         first = self.put(facts.Looked(at_ms=self.after_ms(1), found=here))
         return [*first, *self.hear(Seen(epoch=1, there=there))]
 
-    def again(self) -> None:
-        assert self.asked_both(self.put(facts.TimerFired(at_ms=self.after_ms(1000), name=LOOK_TIMER)))
+    def again(self) -> list[Effect]:
+        effects = self.put(facts.TimerFired(at_ms=self.after_ms(1000), name=LOOK_TIMER))
+        assert self.asked_both(effects)
+        return effects
 
     def ended(self) -> Outcome:
         finish = [one for one in self.all if isinstance(one, Finish)]
@@ -186,6 +188,18 @@ def test_a_guest_that_stands_still_goes_on_only_if_the_target_proves_that_it_nev
         play.again()
     assert not any(isinstance(one, Cont | EndCopy) for one in play.all)
     assert [one.error.code for one in play.all if isinstance(one, NeedOperator)] == ["whereabouts-unclear"]
+
+
+def test_a_program_that_did_not_hear_that_its_move_is_to_end_is_told_again() -> None:
+    play = Play().begin()
+    play.start_pass(1, 100 * MIB)
+    play.state, effects = steered.recover(play.state, play.after_ms(1))
+    assert any(isinstance(one, UndoSource) for one in effects)
+    play.put(facts.Failed(at_ms=play.after_ms(1), effect="UndoSource", error=ERROR))
+    play.answers(Whereabouts(stay=Stay.SILENT), THERE)
+    assert not any(isinstance(one, UndoSource) for one in play.again())
+    play.answers(Whereabouts(stay=Stay.RUNNING, busy=True), Whereabouts(stay=Stay.ARRIVING, busy=True))
+    assert any(isinstance(one, UndoSource) for one in play.again())
 
 
 def test_what_never_ran_at_the_target_and_cannot_be_ended_there_does_not_keep_the_move_open() -> None:

@@ -144,7 +144,7 @@ class Agent:
         storage_moves = StorageMoves(
             config=config,
             settings=settings,
-            vms=self._vms,
+            vms=self._host_vms,
             hypervisor=ground.qemu,
             disks=ground.disks,
             journal=journal,

@@ -91,6 +91,11 @@ class HostVms:
             raise CallerError("name-invalid", text, todo)
         return _placed(await self.runtime.vm(other.id), await self._storage.locations())
 
+    def own_vm(self, name: str, todo: str) -> Vm:
+        """Return a VM of kvmhv's own. Raises CallerError `vm-unknown`, `vm-of-runtime` with `todo`."""
+        self._own_only(name, todo)
+        return self.own.vm(name)
+
     # ---
 
     def _other(self, name: str) -> VmSummary | None:

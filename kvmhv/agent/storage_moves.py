@@ -6,9 +6,9 @@ import structlog
 
 from kvmhv.agent import events
 from kvmhv.agent.events import Events
+from kvmhv.agent.host_vms import HostVms
 from kvmhv.agent.open_moves import OpenMoves
 from kvmhv.agent.settings import Settings
-from kvmhv.agent.vms import Vms
 from kvmhv.config import Config
 from kvmhv.core import admission, storage_plan
 from kvmhv.core.storage_state import StorageState
@@ -27,7 +27,7 @@ class StorageMoves:
         *,
         config: Config,
         settings: Settings,
-        vms: Vms,
+        vms: HostVms,
         hypervisor: Hypervisor,
         disks: Disks,
         journal: Journal,
@@ -48,8 +48,9 @@ class StorageMoves:
     async def start(self, request: StorageMoveRequest, asked: Asked) -> MoveReport:
         """Begin to move a VM's disks; returns when it is admitted. Nothing is made before.
 
-        Raises CallerError `vm-unknown`, `vm-busy`, and as core/storage_plan.make; Refused `limit-reached`,
-        `vm-in-move`; HostError `location-silent`, `location-full`, `qemu-hangs`. Either way it is an event.
+        Raises CallerError `vm-unknown`, `vm-of-runtime`, `vm-busy`, and as core/storage_plan.make; Refused
+        `limit-reached`, `vm-in-move`; HostError `location-silent`, `location-full`, `qemu-hangs`. It is an event
+        either way.
         """
         try:
             report = await self._start(request, asked)
@@ -60,16 +61,16 @@ class StorageMoves:
         return report
 
     async def _start(self, request: StorageMoveRequest, asked: Asked) -> MoveReport:
-        vm = self._vms.vm(request.vm)
+        vm = self._vms.own_vm(request.vm, "move its disks with `virsh blockcopy`")
         settings, host = self._settings.current, self._config.name
         refusal = admission.admit_storage(settings, host, self._open.load())
         if refusal is not None:
             todo = f"wait, or: kvmhv host set {refusal.setting}=..."
             raise Refused(refusal.code, refusal.text, todo, host=host)
         move_id = str(uuid.uuid4())
-        self._vms.claim(vm.name, move_id)
+        self._vms.own.claim(vm.name, move_id)
         try:
-            vm = self._vms.vm(request.vm)
+            vm = self._vms.own.vm(vm.name)
             seen = await self._hypervisor.state(vm.id)
             if seen.process and not seen.answers:
                 raise HostError("qemu-hangs", f"the QEMU of {vm.name} does not answer", "end the VM's QEMU by hand")
@@ -91,7 +92,7 @@ class StorageMoves:
                 total_bytes=sum(copy.used_bytes for copy in copies),
             )
         except BaseException:
-            self._vms.release(vm.name, move_id)
+            self._vms.own.release(vm.name, move_id)
             raise
         log.info("storage move asked for", move=move_id, vm=vm.name, location=request.location, caller=str(asked))
         return self._open.move_storage(state).report()

@@ -19,6 +19,7 @@ from kvmhv.core.effects import (
     RemoveCopy,
     Send,
     SetTimer,
+    UndoSource,
 )
 from kvmhv.core.source_state import (
     IDLE_TIMER,
@@ -57,8 +58,14 @@ def _ask(state: SourceState) -> list[Effect]:
 
 
 def look_again(state: SourceState, fact: facts.Fact) -> Result:
-    """What was said before is old: only two answers to the same question are held against each other."""
-    return update(state, here=None, there=None), _ask(state)
+    """What was said before is old: only two answers to the same question are held against each other.
+
+    A program that is still at a move that is to end did not hear of it: it is told again.
+    """
+    again: list[Effect] = []
+    if state.failure is not None and state.here is not None and state.here.busy:
+        again = [UndoSource(timeout_s=LOOK_S)]
+    return update(state, here=None, there=None), [*again, *_ask(state)]
 
 
 def looked(state: SourceState, fact: facts.Fact) -> Result:
@@ -193,7 +200,12 @@ def nobody_says(state: SourceState, fact: facts.Fact) -> Result:
     if state.there is None or state.there.stay is Stay.SILENT:
         silent.append(state.target)
     if not silent:
-        silent = [state.source, state.target]
+        return _need_operator(
+            state,
+            "whereabouts-unknown",
+            f"{state.vm.runtime} does not end its move of {state.vm.name} from {state.source} to {state.target}",
+            f"it is told again and again; see {state.vm.runtime}'s log on both hosts",
+        )
     return _need_operator(
         state,
         "whereabouts-unknown",

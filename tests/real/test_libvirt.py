@@ -268,7 +268,11 @@ def test_what_virsh_does_is_seen_at_once(site: Site) -> None:
     until("it is there", lambda: site.states(site.a) == {} and site.states(site.b) == {"web01": "running"}, 5)
     assert site.b.kvmhv("vm", "stop", "web01", "--force")["state"] == "stopped"
     assert site.virsh(site.b) == {"web01": "shut off"}
-    for command in (("vm", "remove", "web01", "--yes"), ("vm", "create", "web01", "--memory", "32M")):
+    for command in (
+        ("vm", "remove", "web01", "--yes"),
+        ("vm", "create", "web01", "--memory", "32M"),
+        ("vm", "move-storage", "web01", "--to", "default"),
+    ):
         assert site.b.run(*command).json["error"]["code"] in ("vm-of-runtime", "vm-exists")
 
 
@@ -291,11 +295,30 @@ def test_a_libvirt_that_is_killed_leaves_one_guest(site: Site, dies: str, phase:
     source, target = (site.b, site.a) if report["outcome"] == "done" else (site.a, site.b)
     assert site.copies() == [source.name]
     assert "web01" not in site.virsh(target)
-    assert target.sh(f"ls {IMAGES}") == "media.iso\n"
+    assert "web01.raw" not in target.sh(f"ls {IMAGES}")
     site.works(source)
     assert definition(source, "web01") == before
     site.moved(source, target)
     site.works(target)
+
+
+@pytest.mark.parametrize(("dies", "outcome"), [("source", "failed"), ("target", "done")])
+def test_an_agent_that_is_killed_meanwhile_leaves_one_guest(site: Site, dies: str, outcome: str) -> None:
+    """The source's ends the move that it finds under way; the target's was only asked, and is asked again."""
+    site.boot(rate_bytes_per_s=400 * MIB, working_set_bytes=8 * MIB)
+    victim = site.a.host if dies == "source" else site.b.host
+    with site.a.slow_network("8mbit"):
+        move_id = site.a.begin(site.b, "--max-passes", "1")
+        site.a.reaches(move_id, "memory")
+        victim.agent_kill()
+        victim.agent_wait()
+        until("the move ends", lambda: site.a.report(move_id)["outcome"] == outcome)
+    home, other = (site.b, site.a) if outcome == "done" else (site.a, site.b)
+    assert site.copies() == [home.name]
+    assert "web01.raw" not in other.sh(f"ls {IMAGES}")
+    site.works(home)
+    site.moved(home, other)
+    site.works(other)
 
 
 def test_a_last_answer_that_is_lost_is_not_guessed(site: Site) -> None:
