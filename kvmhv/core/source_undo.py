@@ -151,7 +151,8 @@ def undo_too_long(state: SourceState, fact: facts.Fact) -> Result:
         code="resume-failed",
         message=f"the move was taken back, but QEMU does not let {state.vm.name} go on: it stands still on "
         f"{state.source}",
-        todo="it is tried again and again; if QEMU hangs for good, end its process: the VM can then be started again",
+        todo="it is tried again and again (do its disks' servers answer?); if QEMU hangs for good, end its process: "
+        "the VM can then be started again",
         host=state.source,
         exit_status=5,
     )

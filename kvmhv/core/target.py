@@ -229,7 +229,8 @@ def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
     error = ErrorBody(
         code="run-failed",
         message=f"{state.vm.name} is complete on {state.target} and is its own, but stands still: {text}",
-        todo="it is tried again and again; if QEMU hangs for good, end its process: the VM can then be started again",
+        todo="it is tried again and again (do its disks' servers answer?); if QEMU hangs for good, end its process: "
+        "the VM can then be started again",
         host=state.target,
         exit_status=5,
     )

@@ -12,7 +12,7 @@ from kvmhv.drivers.qemu import answers, blocks, keys
 from kvmhv.drivers.qemu.argv import qmp_chardev
 from kvmhv.drivers.qemu.dirty_rate import FineSample
 from kvmhv.drivers.qemu.process import Process
-from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLog, QmpLost, QmpRefused
+from kvmhv.drivers.qemu.qmp import HANGS, Event, Qmp, QmpLog, QmpLost, QmpRefused
 from kvmhv.drivers.qemu.rundir import VmDir, keep_json, read_json
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import Accel, IncomingAddress
@@ -85,7 +85,7 @@ class Instance:
                 yield
         except TimeoutError:
             text = f"{self.name}: QEMU was told to {what} in the switchover and has not done it in {limit_s:g} s"
-            raise QmpLost("qemu-hangs", text, "see the VM's qemu.log") from None
+            raise QmpLost("qemu-hangs", text, HANGS) from None
 
     async def state(self) -> RunState:
         """Return what QEMU says now; `answers` False when it says nothing in time."""

@@ -27,6 +27,8 @@ DYING_S = 1.0
 """A connection ends a moment before its process: so long the process is waited for to tell the one from the other."""
 LOG_MAX_BYTES = 4 * 1024 * 1024
 LOG_LINE_MAX_CHARACTERS = 4096
+HANGS = "do its disks' servers answer (`kvmhv storage list`)? else see the VM's qemu.log"
+"""What to do about a QEMU that does not answer."""
 
 # Every failure reaches the caller as an exception with QEMU's words; the library's own lines would say it twice.
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
@@ -231,9 +233,7 @@ class Qmp:
             return QmpLost(
                 "qemu-gone", f"{self._vm_name}: its QEMU ended{ended} during {command}{words}", "see the VM's qemu.log"
             )
-        return QmpLost(
-            "qemu-hangs", f"{self._vm_name}: QEMU does not answer {command}: {why}{words}", "see the VM's qemu.log"
-        )
+        return QmpLost("qemu-hangs", f"{self._vm_name}: QEMU does not answer {command}: {why}{words}", HANGS)
 
     async def _serve(self) -> None:
         """Keep one connection as long as the process lives."""

@@ -84,7 +84,7 @@ class Target:
 
     def _error(self) -> str:
         said = self._library.iscsi_get_error(self._context)
-        return str((said or b"no answer").decode(errors="replace"))
+        return (said or b"no answer").decode(errors="replace").strip()
 
     def _run(self, command: str, *arguments: object) -> bytes:
         """Return what a command read. Raises PermissionError when another initiator has reserved the LUN."""
@@ -166,7 +166,7 @@ def connected(portal: str, name: str, lun: int, initiator: str, user: str, secre
         library.iscsi_set_noautoreconnect(context, 1)
         target = Target(library, context)
         if library.iscsi_full_connect_sync(context, portal.encode(), lun):
-            raise OSError(errno.ECONNREFUSED, target._error())
+            raise OSError(errno.ECONNREFUSED, f"{name} at {portal} cannot be used: {target._error()}")
         yield target
         library.iscsi_logout_sync(context)
     finally:

@@ -144,7 +144,8 @@ def connected(server: str, export: str) -> Iterator[Export]:
         try:
             mounted._call("nfs_mount", server.encode(), export.encode())
         except OSError as error:  # whatever its number: the export cannot be used at all
-            raise ConnectionError(errno.ECONNREFUSED, error.strerror or "the server does not answer") from error
+            said = error.strerror or "it does not answer"
+            raise ConnectionError(errno.ECONNREFUSED, f"{server}:{export} cannot be mounted: {said}") from error
         yield mounted
     finally:
         library.nfs_destroy_context(context)

@@ -67,7 +67,7 @@ def length_for(layer: Layer, size_bytes: int, *, lun: bool) -> int:
 
 def failed(location: str, path: str, error: OSError) -> HostError | CallerError:
     """Return the error of a volume's OSError."""
-    place, said = f"{location}/{path}" if path else location, error.strerror or str(error)
+    place, said = f"{location}/{path}" if path else f"location {location}", error.strerror or str(error)
     if isinstance(error, FileExistsError):
         todo = "remove or rename it, or choose another location"
         return HostError("file-exists", f"{place} exists already", todo)
