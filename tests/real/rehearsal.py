@@ -14,7 +14,7 @@ LAUNCHER = "/usr/local/bin/kvmhv"
 KEPT = f"{LAUNCHER}.kept"
 HASTY = """
 [limits]
-qmp_timeout_s = 3.0
+qmp_timeout_s = 5.0
 [timeouts]
 answer_s = 15.0
 prepare_s = 40.0
