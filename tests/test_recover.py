@@ -55,6 +55,7 @@ def test_a_lost_volatile_journal_makes_a_completed_source_a_granted_one() -> Non
     after, effects = again(at(S.SWITCHING).state, evidence)
     assert (after.step, after.hold.right) == (S.GRANTED, SourceRight.GRANTED)
     assert ef.Cont not in effects
+    assert effects.count(ef.Journal) == 2, "on disk too: the volatile journal has been lost once"
 
 
 def test_before_the_offer_there_is_nothing_to_take_back() -> None:

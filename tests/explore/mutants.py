@@ -306,6 +306,41 @@ def _(patches: Patches) -> None:
     patches.entry(source.ON_MESSAGE, (S.GRANTED, Unknown), resume)
 
 
+@mutant("a guest that QEMU stopped by itself counts as held")
+def _(patches: Patches) -> None:
+    def trusting(state: Any, fact: facts.Fact) -> Any:
+        assert isinstance(fact, facts.PreSwitchover)
+        return old(msgspec.structs.replace(state, halted_ms=fact.at_ms - 1), fact)
+
+    old = patches.entry(source.ON_FACT, (S.STOPPING, facts.PreSwitchover), trusting)
+
+
+@mutant("a restarted source does not see that its QEMU is gone")
+def _(patches: Patches) -> None:
+    def blind(state: Any, found: facts.Restarted) -> Any:
+        return old(state, msgspec.structs.replace(found, process=True))
+
+    old = patches.attribute(recover, "recover_source", blind)
+
+
+@mutant("a restarted target believes that its exports are closed")
+def _(patches: Patches) -> None:
+    def trusting(state: Any, found: facts.Restarted) -> Any:
+        after, effects = old(state, found)
+        return msgspec.structs.replace(after, mirrors_ended=state.mirrors_ended), effects
+
+    old = patches.attribute(recover, "recover_target", trusting)
+
+
+@mutant("a restarted target that ran the VM does not record it")
+def _(patches: Patches) -> None:
+    def forgetful(state: Any, found: facts.Restarted) -> Any:
+        after, effects = old(state, found)
+        return after, without(effects, ef.Adopt, ef.SetTimer)
+
+    old = patches.attribute(recover, "recover_target", forgetful)
+
+
 def _error() -> Any:
     from tests.explore.acts import ERROR  # noqa: PLC0415 - acts imports the world, which no mutant needs
 
