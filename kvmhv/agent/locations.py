@@ -220,6 +220,8 @@ class Locations:
                 raise HostError("location-unreachable", text, "give the server without a port")
             return Attached("nfs", NfsVolume(server, spec.share), hint, Access.USER, shown)
         mountpoint = self._mountpoint(spec.name)
+        if await self._has_dead_mount(spec.name):
+            await mounts.unmount(mountpoint, lazily=True)
         if not mounts.is_mounted(mountpoint):
             mountpoint.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if with_kernel:
@@ -230,6 +232,22 @@ class Locations:
         found = mounts.mount_of(mountpoint)
         access = Access.USER if found is not None and found.type == mounts.FUSE_TYPE else Access.KERNEL
         return Attached(str(spec.kind), DirectoryVolume(mountpoint), hint, access, shown)
+
+    async def _has_dead_mount(self, name: str) -> bool:
+        mountpoint = self._mountpoint(name)
+        try:
+            return mounts.is_mounted(mountpoint) and await self._storage.ask(name, partial(mounts.is_dead, mountpoint))
+        except HostError:  # silent: its server is away, and it waits for it
+            return False
+
+    async def _mount_again(self, name: str) -> None:
+        """Mount a share again whose mount has lost the program that served it: VMs have to be started again."""
+        async with self._changing:
+            for spec in self._kept():
+                if spec.name == name and await self._has_dead_mount(name):
+                    log.warning("the program that served a share has ended: mounted again", location=name)
+                    with contextlib.suppress(HostError):
+                        await self._attach(spec)
 
     def _made_of_directory(self, spec: LocationSpec, path: Path) -> Attached:
         found = mounts.mount_of(path)
@@ -305,6 +323,8 @@ class Locations:
         while True:
             await asyncio.sleep(WATCH_S)
             for location in await self._storage.locations():
+                if location.silent:
+                    await self._mount_again(location.name)
                 if location.silent and location.name not in silent:
                     silent.add(location.name)
                     vms = self._report(None, location).vms

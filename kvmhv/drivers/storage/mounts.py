@@ -5,6 +5,7 @@ host that another one changes, and I/O waits for a server that is away instead o
 """
 
 import asyncio
+import errno
 import os
 import re
 import signal
@@ -181,11 +182,24 @@ def is_mounted(mountpoint: Path) -> bool:
     return found is not None and found.mounted_on == mountpoint
 
 
-async def unmount(mountpoint: Path) -> None:
-    """Unmount what kvmhv has mounted; no error if nothing is. Raises HostError `location-busy`."""
+def is_dead(mountpoint: Path) -> bool:
+    """Whether the program that served this mount has ended. Blocks while the mount's server is away."""
+    try:
+        mountpoint.stat()
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+async def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
+    """Unmount what kvmhv has mounted; no error if nothing is. Raises HostError `location-busy`.
+
+    `lazily`: also if files of it are open, which lead nowhere then.
+    """
     if not is_mounted(mountpoint):
         return
-    process = await asyncio.create_subprocess_exec("umount", str(mountpoint), stderr=asyncio.subprocess.PIPE)
+    command = ["umount", *(["--lazy"] if lazily else []), str(mountpoint)]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     try:
         async with asyncio.timeout(UNMOUNT_S):
             _, said = await process.communicate()
