@@ -1,6 +1,7 @@
 """agent/owners.py: two hosts and the records beside the disks that both see."""
 
 import asyncio
+import errno
 from pathlib import Path
 
 import msgspec
@@ -73,3 +74,20 @@ async def test_a_disk_that_another_vm_was_last_on_is_not_deleted(tmp_path: Path)
     with pytest.raises(Refused) as refused:
         await here.claim_to_remove(VM)
     assert refused.value.code == "disk-owned"
+
+
+async def test_a_disk_on_a_full_share_can_be_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = host(1, tmp_path), host(2, tmp_path)
+    await here.claim(VM, take_over=False)
+    await here.let_go(VM)
+
+    def full(*_swap: object) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DirectoryVolume, "swap_record", full)
+    await here.claim_to_remove(VM)
+    monkeypatch.undo()
+    await there.claim(VM, take_over=False)
+    monkeypatch.setattr(DirectoryVolume, "swap_record", full)
+    with pytest.raises(Refused):
+        await here.claim_to_remove(VM)

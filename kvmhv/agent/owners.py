@@ -85,7 +85,12 @@ class Owners:
                 raise Refused(refusal.code, refusal.text, todo, http_status=409)
             return None if found is None else mine
 
-        await self._change(vm, change)
+        for disk, _ in self._disks(vm):
+            try:
+                await self._change(vm, change, {disk.name})
+            except HostError as error:  # a full share takes no record, and what is deleted makes room
+                if error.code != "location-full":
+                    raise
 
     async def take(self, layer: Layer, vm_id: str, vm_name: str, epoch: Epoch) -> None:
         """Own a LUN that nobody owns, before anything is written to it: of two hosts exactly one does.
