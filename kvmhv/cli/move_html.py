@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from kvmhv.cli import move_plots, output
-from kvmhv.cli.move_report import ends_of
+from kvmhv.cli.move_report import ends_of, total_s
 from kvmhv.cli.move_style import STYLE
 from kvmhv.model import DiskCopy, Finding, Mode, MoveReport, Outcome, Phase, Plan
 
@@ -96,7 +96,6 @@ def _when(unix_s: float) -> str:
 
 
 def _figures(report: MoveReport) -> str:
-    total_s = report.ended_at - report.started_at if report.ended_at is not None else None
     sure = report.blackout_uncertainty_ms
     passes = _text(report.switchover.reason) if report.switchover else ""
     stopped, alone = report.blackout_ms is not None, report.mode is Mode.STORAGE
@@ -105,7 +104,7 @@ def _figures(report: MoveReport) -> str:
         (stopped, "Network gap", _ms(report.network_gap_ms), "stop to first frame"),
         (report.answer_gap_ms is not None, "First answer", _ms(report.answer_gap_ms), "of the guest's probe"),
         (report.writes_held_ms is not None, "Requests held", _ms(report.writes_held_ms), "by the change of disks"),
-        (True, "Whole move", output.seconds_text(total_s), ""),
+        (True, "Whole move", output.seconds_text(total_s(report) if report.ended_at is not None else None), ""),
         (report.queued_seconds is not None, "Waited for a slot", output.seconds_text(report.queued_seconds), ""),
         (not alone, "Passes", str(len(report.passes)), passes),
         (not alone, "Memory sent", output.size_text(report.memory_bytes), ""),
