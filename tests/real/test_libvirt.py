@@ -18,6 +18,7 @@ from tests.real.moving import MIB, Report, Side, codes_of, until
 pytestmark = pytest.mark.real
 
 IMAGES = "/var/lib/libvirt/images"
+STATUS = "/run/libvirt/qemu/web01.xml"
 PASSES = re.compile(r"passes (\d+) errors (\d+)")
 SMALL = """<domain type="qemu">
   <name>{name}</name>
@@ -285,8 +286,9 @@ def test_a_libvirt_that_is_killed_leaves_one_guest(site: Site, dies: str, phase:
     victim = site.a.host if dies == "source" else site.b.host
     with site.a.slow_network("4mbit"):
         move_id = site.a.begin(site.b, "--max-passes", "1")
+        site.a.reaches(move_id, phase)
         # A libvirt that is killed while it starts a QEMU keeps a domain without a process, and can never end it.
-        site.a.reaches(move_id, phase, lambda report: phase != "storage" or report["storage_total_bytes"] > 0)
+        until("libvirt knows the process", lambda: site.b.sh(f'grep -s "pid=\'[1-9]" {STATUS} || true'))
         site.libvirt.kill(victim)
         site.libvirt.start(victim)
     until("the move ends", lambda: site.a.report(move_id)["outcome"] in ("done", "failed"))
