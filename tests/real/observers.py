@@ -40,11 +40,16 @@ READY = "http://127.0.0.1:9090"
 
 def scrape(side: Side) -> str:
     """Return what a host's agent says to a scrape now."""
+    return get(side, "/metrics")
+
+
+def get(side: Side, path: str) -> str:
+    """Return what a host's agent answers there."""
     asked = http.client.HTTPConnection("localhost", timeout=20)
     asked.sock = socket.socket(socket.AF_UNIX)
     asked.sock.connect(str(side.host.socket))
     with contextlib.closing(asked):
-        asked.request("GET", "/metrics")
+        asked.request("GET", path)
         return asked.getresponse().read().decode()
 
 
