@@ -80,7 +80,7 @@ async def test_a_full_disk_holds_the_move_up_until_there_is_room(monkeypatch: py
     one.on_need_operator = told.append
     journal.looks = lambda: seen.append((machine.acted, one.report().outcome))
     ends: list[tuple[int, MoveReport]] = []
-    one.on_end = lambda report: ends.append((journal.attempts, report))
+    one.on_end = lambda: ends.append((journal.attempts, one.report()))
     one.put(facts.Started(at_ms=1))
     ended = await asyncio.wait_for(one.run([]), 20)
     assert seen[:5] == [(0, Outcome.RUNNING), *[(0, Outcome.NEEDS_OPERATOR)] * 4]

@@ -255,7 +255,7 @@ class OpenMoves:
         self._runners[runner.state.move_id, runner.machine.role] = runner
         self.withdraw(runner.state.move_id)
         runner.on_need_operator = self._chronicle.need_operator
-        runner.on_end = lambda report: self._ended(runner.state, runner.machine.role)
+        runner.on_end = lambda: self._ended(runner.state, runner.machine.role)
         if fact is not None:
             runner.put(fact)
         self._spawn(self._run(runner, effects), f"move {runner.state.move_id}")

@@ -92,7 +92,7 @@ class Runner:
         self.ended = asyncio.Event()
         self.link: Link | None = None
         self.on_need_operator: Callable[[MoveReport], None] = lambda report: None
-        self.on_end: Callable[[MoveReport], None] = lambda report: None
+        self.on_end: Callable[[], None] = lambda: None
         """Told in the moment in which the move is seen to have ended: whoever sees that sees what follows from it."""
         self._clock = clock
         self._journal = journal
@@ -245,7 +245,7 @@ class Runner:
         report = msgspec.structs.replace(report, ended_at=self._clock.wall_s())
         await self._kept(lambda: self._journal.end(self.state.move_id, self.machine.role, msgspec.json.encode(report)))
         self.final = report
-        self.on_end(report)
+        self.on_end()
 
     async def _kept(self, write: Callable[[], None]) -> None:
         """Return when something is in the journal; the move stands still until it is, and says so."""
