@@ -43,7 +43,6 @@ Written = list[Proof]
 
 CANCEL_WAIT_S = 60.0
 RESOLVE_WAIT_S = 20.0
-QUEUED = "queued"
 KEPT_FOR_S = 20.0
 """A target that has told a queue of a free slot keeps it for so long."""
 
@@ -127,8 +126,7 @@ class Moves:
         refusals = self._admit_out(vm, request), await self._enquiry.refusal(vm, request)
         refuse_hopeless(refusals, (await self.check(request)).findings, request.target)
         self._queue.refuse_second(vm.name)  # another one may have come meanwhile
-        self._vms.claim(vm.name, QUEUED)  # refused if it is in a move already
-        self._vms.release(vm.name, QUEUED)
+        self._vms.claims.refuse_taken(vm.name)
         return self._queue.join(vm, request, asked)
 
     async def _ask(self, request: MoveRequest, move_id: str) -> Refusal | None:

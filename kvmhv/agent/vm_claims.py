@@ -25,12 +25,16 @@ class Claims:
 
     def claim(self, name: str, move_id: str, arriving: Vm | None) -> None:
         """Give the VM to a move; repeatable. Raises Refused `vm-in-move`, CallerError `vm-busy`."""
+        self.refuse_taken(name, move_id)
+        self._claims[name] = Claim(move_id=move_id, arriving=arriving)
+
+    def refuse_taken(self, name: str, move_id: str = "") -> None:
+        """Raise what claim() does if the VM is not free for this move (empty: for any)."""
         held = self._claims.get(name)
         if held is not None and held.move_id != move_id:
             raise self._in_move(name, held)
         if name in self._operations:
             raise self._busy(name)
-        self._claims[name] = Claim(move_id=move_id, arriving=arriving)
 
     def release(self, name: str, move_id: str) -> None:
         """Take the VM back from the move; no error if the move does not have it."""
