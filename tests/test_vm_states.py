@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from kvmhv.agent import vm_states
+from kvmhv.agent.vm_records import Identity, VmRecord
 from kvmhv.agent.vm_states import VmStates
-from kvmhv.model import Vm, VmDetails, VmState, VmSummary
+from kvmhv.model import Vm, VmDetails, VmState
 from kvmhv.ports import QemuEvent
 
 ONE = Vm(id="id-1", name="web01", memory_bytes=1 << 20, cpus=1)
@@ -31,8 +32,8 @@ class Host:
     def defined(self) -> tuple[Vm, ...]:
         return tuple(self.vms)
 
-    def damaged_rows(self, host: str) -> tuple[VmSummary, ...]:
-        return ()
+    def read(self) -> tuple[tuple[VmRecord, ...], tuple[Identity, ...]]:
+        return tuple(VmRecord(vm=vm) for vm in self.vms), ()
 
     async def show(self, name: str) -> VmDetails:
         self.asked.append(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvmhv.agent.vm_records import damaged_rows
 from kvmhv.agent.vms import Vms
 from kvmhv.config import Config
 from kvmhv.drivers.storage.storage import Storage
@@ -64,7 +65,7 @@ class HostVms:
 
     async def list(self) -> tuple[VmSummary, ...]:
         """Return every VM by name, those too whose record is damaged."""
-        damaged = self.own.records.damaged_rows(self._config.name)
+        damaged = damaged_rows(self.own.records.read()[1], self._config.name)
         found = (*await self.own.list(), *damaged, *self.runtime.vms())
         return tuple(sorted(found, key=lambda vm: (vm.name, vm.runtime)))
 

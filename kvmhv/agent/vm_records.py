@@ -3,6 +3,8 @@
 A record that is damaged is its own VM's trouble: the others are listed and work as ever, and it keeps its name and id.
 """
 
+from collections.abc import Iterable
+
 import msgspec
 
 from kvmhv.errors import CallerError, HostError
@@ -48,33 +50,33 @@ class VmRecords:
 
     def all(self) -> tuple[VmRecord, ...]:
         """Every VM of this host whose record can be read, by name."""
-        read = (_read(value) for _, value in self._records.all(KIND))
-        return tuple(sorted((record for record in read if record is not None), key=lambda record: record.vm.name))
+        return self.read()[0]
 
-    def damaged(self) -> tuple[Identity, ...]:
-        """Every VM of this host whose record cannot be read."""
-        rows = self._records.all(KIND)
-        return tuple(Identity(id=key, name=_name_in(value) or key) for key, value in rows if _read(value) is None)
-
-    def damaged_rows(self, host: str) -> tuple[VmSummary, ...]:
-        """Return them as `vm list` shows them."""
-        return tuple(
-            VmSummary(name=vm.name, id=vm.id, state=VmState.DAMAGED, host=host, memory_bytes=0, cpus=0)
-            for vm in self.damaged()
-        )
+    def read(self) -> tuple[tuple[VmRecord, ...], tuple[Identity, ...]]:
+        """Every VM of this host whose record can be read, by name, and the others; each is read once."""
+        records, damaged = [], []
+        for key, value in self._records.all(KIND):
+            record = _read(value)
+            if record is None:
+                damaged.append(Identity(id=key, name=_name_in(value) or key))
+            else:
+                records.append(record)
+        return tuple(sorted(records, key=lambda record: record.vm.name)), tuple(damaged)
 
     def taken(self) -> tuple[Identity, ...]:
         """Id and name of every VM of this host: nobody else may have them here."""
-        return (*(Identity(id=record.vm.id, name=record.vm.name) for record in self.all()), *self.damaged())
+        records, damaged = self.read()
+        return (*(Identity(id=record.vm.id, name=record.vm.name) for record in records), *damaged)
 
     def named(self, name: str) -> VmRecord:
         """Return a VM's record. Raises CallerError `vm-unknown`, HostError `vm-record-damaged`."""
-        for record in self.all():
+        records, damaged = self.read()
+        for record in records:
             if record.vm.name == name:
                 return record
-        for damaged in self.damaged():
-            if name in (damaged.name, damaged.id):
-                raise _damaged(damaged.id)
+        for one in damaged:
+            if name in (one.name, one.id):
+                raise _damaged(one.id)
         shown = name if len(name) <= 64 else f"{name[:64]}..."
         raise CallerError(
             "vm-unknown", f"there is no VM {shown!r} on this host", "see `kvmhv vm list`", http_status=404
@@ -92,6 +94,13 @@ class VmRecords:
     def delete(self, vm_id: str) -> None:
         """Forget a VM; no error if it is not there."""
         self._records.delete(KIND, vm_id)
+
+
+def damaged_rows(damaged: Iterable[Identity], host: str) -> tuple[VmSummary, ...]:
+    """Return VMs whose record is damaged as `vm list` shows them."""
+    return tuple(
+        VmSummary(name=vm.name, id=vm.id, state=VmState.DAMAGED, host=host, memory_bytes=0, cpus=0) for vm in damaged
+    )
 
 
 def _decode(vm_id: str, value: bytes) -> VmRecord:

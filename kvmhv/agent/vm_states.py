@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 
+from kvmhv.agent.vm_records import damaged_rows
 from kvmhv.agent.vms import Vms
 from kvmhv.errors import KvmhvError
 from kvmhv.model import Vm, VmState, VmSummary
@@ -53,12 +54,13 @@ class VmStates:
 
     def summaries(self) -> tuple[VmSummary, ...]:
         """Return every VM by name, those that are arriving too; asks nobody."""
-        defined = {vm.id: vm for vm in self._vms.defined()}
+        records, damaged = self._vms.records.read()
+        defined = {record.vm.id: record.vm for record in records}
         others = self._others()
         arriving = {vm.id: vm for vm in self._moving() if vm.id not in defined and not vm.runtime}
         shown = [self._summary(vm, self._known.get(vm.id, VmState.STOPPED)) for vm in defined.values()]
         shown += [self._summary(vm, VmState.INCOMING) for vm in arriving.values()]
-        shown += self._vms.records.damaged_rows(self._host)
+        shown += damaged_rows(damaged, self._host)
         return tuple(sorted((*shown, *others), key=lambda vm: vm.name))
 
     def _others(self) -> tuple[VmSummary, ...]:
