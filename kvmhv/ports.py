@@ -219,8 +219,8 @@ class Hypervisor(Protocol):
         """Return query-migrate; status `lost` when QMP does not answer in time."""
         ...
 
-    async def throttle(self, vm_id: str) -> None:
-        """Let QEMU slow the guest's CPUs down, more with each pass, until the migration ends."""
+    async def throttle(self, vm_id: str, max_percent: int) -> None:
+        """Let QEMU slow the guest's CPUs down, so far at most, more with each pass, until the migration ends."""
         ...
 
     async def stop_guest(self, vm_id: str) -> None:

@@ -120,13 +120,21 @@ def test_it_is_accepted_where_that_was_asked_for() -> None:
 def test_or_the_guest_is_slowed_down_until_it_fits() -> None:
     rule = msgspec.structs.replace(LIMIT, on_overrun="throttle")
     driven = too_much(rule)
-    assert ef.ThrottleGuest in driven.kinds()
+    assert ef.ThrottleGuest(max_percent=88) in driven.effects
     driven.told(begun(5, 4, 210, 40, 20))
     assert ef.ThrottleGuest not in driven.kinds()
     assert driven.state.step is SourceStep.MEMORY
     driven.told(begun(6, 5, 250, 8, 60))
     assert driven.state.step is SourceStep.STOPPING
     assert driven.state.throttle_percent == 60
+    assert driven.state.switchover is not None
+    assert driven.state.switchover.predicted_ms == pytest.approx(60 + 15 + 8000 / 40)
+
+
+@pytest.mark.parametrize(("limit_ms", "percent"), [(40, 50), (300, 88), (1000, 96), (60_000, 99)])
+def test_no_cpu_sleeps_longer_than_a_quarter_of_the_limit(limit_ms: int, percent: int) -> None:
+    assert blackout.throttle_max_percent(Rule(blackout_limit_ms=limit_ms)) == percent
+    assert blackout.throttle_sleep_ms(percent) <= limit_ms / 4
 
 
 def test_but_not_for_ever() -> None:

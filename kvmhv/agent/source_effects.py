@@ -92,8 +92,8 @@ class SourceMachine:
                 return partial(self._mirror_disks, effect)
             case SendMemory():
                 return partial(self._send_memory, effect)
-            case ThrottleGuest():
-                return self._throttle_guest
+            case ThrottleGuest(max_percent=max_percent):
+                return partial(self._throttle_guest, max_percent)
             case StopGuest():
                 return self._stop_guest
             case FinishMirrors():
@@ -152,8 +152,8 @@ class SourceMachine:
         if plan.more_networks:
             await self._ways.open(self._move_id, ())
 
-    async def _throttle_guest(self) -> None:
-        await self._hypervisor.throttle(self._vm.id)
+    async def _throttle_guest(self, max_percent: int) -> None:
+        await self._hypervisor.throttle(self._vm.id, max_percent)
 
     async def _stop_guest(self) -> facts.Fact:
         self._polling = False  # nothing else talks to QEMU in the blackout

@@ -98,6 +98,8 @@ class SendMemory(Effect, frozen=True, kw_only=True):
 class ThrottleGuest(Effect, frozen=True, kw_only=True):
     """Slow the guest's CPUs down, step by step from pass to pass, until the memory is sent. Not answered."""
 
+    max_percent: int
+
 
 class StopGuest(Effect, frozen=True, kw_only=True):
     """The lever: lift the bandwidth cap and `stop`. Answered by GuestStopped."""

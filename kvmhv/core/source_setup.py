@@ -199,6 +199,7 @@ def _predicted_ms(state: SourceState, remaining_bytes: int) -> float | None:
         fixed_ms=state.fixed_blackout_ms,
         shrinks=state.planned().channels.ratio,
         link_bytes_per_s=state.link_bytes_per_s,
+        throttle_percent=state.throttle_percent,
     )
 
 
@@ -215,7 +216,8 @@ def _would_overrun(state: SourceState, fact: facts.PassStarted, switchover: Swit
     if rule.on_overrun == blackout.THROTTLE and helps:
         if since_ms is not None:
             return _next_pass(state, fact.at_ms, [])
-        return _next_pass(update(state, throttled_ms=fact.at_ms), fact.at_ms, [ThrottleGuest()])
+        slow_down = ThrottleGuest(max_percent=blackout.throttle_max_percent(rule))
+        return _next_pass(update(state, throttled_ms=fact.at_ms), fact.at_ms, [slow_down])
     assert switchover.predicted_ms is not None
     error = blackout.over_limit(
         rule, state.source, switchover.predicted_ms, fact.remaining_bytes, state.fixed_blackout_ms

@@ -243,9 +243,9 @@ class Qemu(StorageMoves):
         sampled = await instance.dirty_sample.read(instance.qmp)
         return msgspec.structs.replace(stats, sampled_dirty_bytes_per_s=sampled)
 
-    async def throttle(self, vm_id: str) -> None:
-        """Let QEMU slow the guest's CPUs down, more with each pass, until the migration ends."""
-        await memory.throttle((await self._instance(vm_id)).qmp)
+    async def throttle(self, vm_id: str, max_percent: int) -> None:
+        """Let QEMU slow the guest's CPUs down, so far at most, more with each pass, until the migration ends."""
+        await memory.throttle((await self._instance(vm_id)).qmp, max_percent)
 
     async def stop_guest(self, vm_id: str) -> None:
         """Lift the bandwidth cap, then `stop`."""

@@ -31,8 +31,6 @@ MEASURING_SHARE = 8
 MEASURED_S = 3.0
 AUTO_CONVERGE = "auto-converge"
 THROTTLE_STEP_PERCENT = 20
-THROTTLE_MAX_PERCENT = 99
-"""QEMU allows no more."""
 STATS_TIMEOUT_S = 3.0
 CANCEL_TIMEOUT_S = 1.0
 YANK_TIMEOUT_S = 2.0
@@ -166,11 +164,11 @@ def throttle_parameters(plan: Plan) -> dict[str, object]:
     }
 
 
-async def throttle(qmp: Qmp) -> None:
-    """Source: let QEMU slow the guest's CPUs down, by a step more after every other pass."""
+async def throttle(qmp: Qmp, max_percent: int) -> None:
+    """Source: let QEMU slow the guest's CPUs down, by a step more after every other pass, to so much at most."""
     await qmp.execute(
         "migrate-set-parameters",
-        {"cpu-throttle-increment": THROTTLE_STEP_PERCENT, "max-cpu-throttle": THROTTLE_MAX_PERCENT},
+        {"cpu-throttle-increment": THROTTLE_STEP_PERCENT, "max-cpu-throttle": max_percent},
     )
 
 
