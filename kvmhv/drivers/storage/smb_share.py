@@ -29,6 +29,7 @@ ERRNO = {
     0xC0000043: errno.EBUSY,  # SHARING_VIOLATION
     0xC0000056: errno.EBUSY,  # DELETE_PENDING
     0xC0000101: errno.ENOTEMPTY,  # DIRECTORY_NOT_EMPTY
+    0xC0000033: errno.ENOENT,  # OBJECT_NAME_INVALID: no file can have this name
 }
 """Answers for which smbclient has no number (MS-ERREF 2.3.1)."""
 
