@@ -1,12 +1,14 @@
 """Watches a guest from outside: heartbeats, pings, one TCP connection, acknowledgements. Runs on the lab's client.
 
     python -m kvmhv.lab.watch --ack PORT --beat PORT --echo IP:7 --ping IP --out FILE.json [--acks FILE]
+                              [--ping-every-ms MS]
 
 Each option asks for one kind of watching. It prints `listening` when its sockets are open (the guest may be started
 then) and `ready` when each kind has been seen once; the window `ready` of the report begins there. Lines on standard
-input: `mark NAME` begins a new window (answer `marked NAME`), `snapshot` prints the report so far on one line, `quit`
-ends it with FILE.json written, and so do the end of the input, SIGTERM and SIGINT. SIGUSR1 is `mark` with a
-number. Exit status 1: not ready within READY_TIMEOUT_S; the report is written all the same.
+input: `mark NAME` begins a new window (answer `marked NAME`), `snapshot` prints the report so far on one line, `pings
+off` and `pings on` let the pings rest and go on, `quit` ends it with FILE.json written, and so do the end of the input,
+SIGTERM and SIGINT. SIGUSR1 is `mark` with a number. Exit status 1: not ready within READY_TIMEOUT_S; the report is
+written all the same.
 
 Acknowledgements that are new are appended to `--acks` (FILE.json.acks) as they came, before they are confirmed to the
 guest. The TCP connection is never made anew: once it is broken the report says so. All waits for the guest are as long
@@ -57,6 +59,7 @@ class Options:
     beat_port: int | None
     echo: tuple[str, int] | None
     ping: str | None
+    ping_every_s: float
     out: Path
     acks: Path
 
@@ -107,6 +110,8 @@ class Watcher:
         self.nonce = os.urandom(8)
         self.identifier = os.getpid() & 0xFFFF
         self.stop = asyncio.Event()
+        self.pings_wanted = asyncio.Event()
+        self.pings_wanted.set()
         self.marks = 0
         self.ack_connections = 0
 
@@ -156,15 +161,16 @@ class Watcher:
         return sock
 
     async def send_pings(self, sock: socket.socket, address: str) -> None:
-        """Send a ping every PING_EVERY_S; one that cannot be sent (no route, no neighbour) is a lost one."""
+        """Send a ping now and then; one that cannot be sent (no route, no neighbour) is a lost one."""
         number = 0
         due_s = time.monotonic()
         while True:
+            await self.pings_wanted.wait()
             number += 1
             self.observations.ping_sent(number, time.monotonic())
             with contextlib.suppress(OSError):
                 sock.sendto(ping_packet(self.identifier, self.nonce, number), (address, 0))
-            due_s = max(due_s + PING_EVERY_S, time.monotonic())
+            due_s = max(due_s + self.options.ping_every_s, time.monotonic())
             await asyncio.sleep(due_s - time.monotonic())
 
     # ---- the one connection ----
@@ -245,6 +251,10 @@ class Watcher:
             self.mark(rest.strip())
         elif verb == "snapshot":
             say(json.dumps(self.observations.report(time.monotonic())))
+        elif verb == "pings" and rest.strip() == "off":
+            self.pings_wanted.clear()
+        elif verb == "pings" and rest.strip() == "on":
+            self.pings_wanted.set()
         elif verb == "quit":
             self.stop.set()
         elif verb:
@@ -343,6 +353,7 @@ def parse_arguments(arguments: list[str]) -> Options:
     parser.add_argument("--beat", type=int, metavar="PORT", help="take heartbeats on this UDP port")
     parser.add_argument("--echo", metavar="IP:PORT", help="keep one connection to this echo service")
     parser.add_argument("--ping", metavar="IP", help="ping this address")
+    parser.add_argument("--ping-every-ms", type=float, metavar="MS", default=PING_EVERY_S * 1000, help="so often")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the report goes")
     parser.add_argument("--acks", type=Path, metavar="FILE", help="where acknowledgements are appended (OUT.acks)")
     given = parser.parse_args(arguments)
@@ -353,7 +364,7 @@ def parse_arguments(arguments: list[str]) -> Options:
             parser.error(f"--echo wants IP:PORT, not {given.echo}")
         echo = (host, int(port))
     acks = given.acks or given.out.with_name(given.out.name + ".acks")
-    return Options(given.ack, given.beat, echo, given.ping, given.out, acks)
+    return Options(given.ack, given.beat, echo, given.ping, given.ping_every_ms / 1000, given.out, acks)
 
 
 if __name__ == "__main__":

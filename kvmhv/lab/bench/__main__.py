@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,8 @@ from kvmhv.errors import KvmhvError
 from kvmhv.lab.bench import page
 from kvmhv.lab.bench.cases import CASES
 from kvmhv.lab.bench.extras import EXTRAS
-from kvmhv.lab.bench.run import run
+from kvmhv.lab.bench.pace import Pace
+from kvmhv.lab.bench.run import expected_s, run
 
 ROUNDS, QUICK_ROUNDS = 7, 3
 
@@ -34,16 +36,19 @@ def main(arguments: list[str]) -> int:
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
     extras = [name for name in EXTRAS if (name in given.case if given.case else not given.quick)]
     started_s = time.monotonic()
+    pace = Pace(expected_s(cases, rounds, extras), time.monotonic)
 
     def progress(text: str) -> None:
-        sys.stderr.write(f"{time.monotonic() - started_s:6.0f} s  {text}\n")
+        left_s = pace.left_s()
+        left = "" if left_s is None else f", {math.ceil(left_s / 60):2d} min left"
+        sys.stderr.write(f"{time.monotonic() - started_s:6.0f} s{left}  {text}\n")
 
     try:
         result = {
             "kvmhv": __version__,
             "quick": given.quick,
             "rounds": rounds,
-            **run(given.lab, cases, rounds, progress, extras=extras),
+            **run(given.lab, cases, rounds, progress, pace, extras=extras),
         }
     except KvmhvError as error:
         sys.stderr.write(f"bench: {error}\n")

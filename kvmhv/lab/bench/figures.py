@@ -6,9 +6,9 @@ from typing import Any
 from kvmhv.lab.bench.cases import Case, Comparison
 
 Measured = dict[str, Any]
-"""One move: wall_s, qemu_s, blackout_ms, wire_bytes, cpu_s, qemu_cpu_s, and more of kvmhv's own."""
+"""One move: its round, wall_s, qemu_s, blackout_ms, network_gap_ms, wire_bytes, cpu_s, qemu_cpu_s, and more."""
 Rounds = dict[str, list[Measured]]
-"""A case's moves by way; the n-th of each were made one after the other."""
+"""A case's moves by way; those of one round were made one after the other."""
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -18,7 +18,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def ratios(rounds: Rounds, comparison: Comparison) -> list[float]:
     """Return the ratio of each round that has both."""
-    pairs = zip(rounds.get(comparison.way, ()), rounds.get(comparison.other, ()), strict=False)
+    others = {its["round"]: its for its in rounds.get(comparison.other, ())}
+    pairs = [(mine, others[mine["round"]]) for mine in rounds.get(comparison.way, ()) if mine["round"] in others]
     return [mine[comparison.metric] / its[comparison.metric] for mine, its in pairs if its[comparison.metric] > 0]
 
 
@@ -50,6 +51,7 @@ def compare(case: Case, rounds: Rounds) -> list[dict[str, Any]]:
                 "way": labels[comparison.way],
                 "other": labels[comparison.other],
                 "note": comparison.note,
+                "compared": [comparison.way, comparison.other],
                 "rounds": len(values),
             }
         )

@@ -21,8 +21,8 @@ MEMORY_MIB = 96
 WORKS_S = 20.0
 
 
-def limits(name: str, progress: Progress) -> list[dict[str, Any]]:
-    """Return how many blackouts were too long unannounced, and what became of the moves."""
+def measure(name: str, progress: Progress) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return how many blackouts were too long unannounced, and the moves' reports. Raises HostError `bench-step`."""
     progress(f"{MOVES} moves whose blackout may last {LIMIT_MS} ms")
     lab = Lab.up(name, rate=RATES[0], progress=progress)
     reports = []
@@ -54,4 +54,4 @@ def limits(name: str, progress: Progress) -> list[dict[str, Any]]:
     return [
         figures.limit(f"over by more than 20 % without having said so, {what}", len(silent), "", 0.0, note),
         figures.limit(f"over by more than 20 %, {what}", len(over), "", 1.0, note),
-    ]
+    ], reports

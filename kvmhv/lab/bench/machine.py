@@ -67,6 +67,11 @@ def make_disk(host: LabHost, path: str, size_mib: int, *, full: bool) -> None:
     host.exec(["sh", "-c", script], timeout_s=300)
 
 
+def unshape(host: LabHost, device: str) -> None:
+    """Let a host send to a network as fast as it can."""
+    host.exec(["sh", "-c", f"tc qdisc del dev {device} root 2>/dev/null || true"])
+
+
 def shape(host: LabHost, device: str, rate: str) -> None:
     """Give a host's sending side of a network its rate."""
     burst = max(64 * 1024, rate_bits_per_second(rate) // 8000)

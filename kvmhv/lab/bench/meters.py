@@ -1,4 +1,4 @@
-"""What a move costs, seen from outside: the guest's heartbeats, bytes on the wire, CPU time, memory."""
+"""What a move costs, seen from outside: the guest's heartbeats and answers, bytes on the wire, CPU time, memory."""
 
 import json
 import os
@@ -19,22 +19,28 @@ ASK_GUEST = (
 )
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 POLL_S = 0.25
+PING_EVERY_MS = 10
 QEMU = "qemu-system"
 
 
-class Heartbeats:
-    """A watcher on the client that takes one guest's heartbeats, stamped by its kernel as they arrive."""
+class Onlooker:
+    """A watcher on the client: one guest's heartbeats, stamped by its kernel as they arrive, and answers to pings."""
 
-    def __init__(self, client: LabHost, port: int) -> None:
+    def __init__(self, client: LabHost, port: int, guest_ip: str) -> None:
         """Listen. HostError `bench-step` when the watcher ends."""
         out = f"/var/lib/kvmhv/bench-{port}.json"
         argv = [*PYTHON, "-m", "kvmhv.lab.watch", "--beat", str(port), "--out", out]
+        argv += ["--ping", guest_ip, "--ping-every-ms", str(PING_EVERY_MS)]
         self._process = client.popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._wait("listening")
 
     def wait_ready(self) -> None:
-        """Wait for the guest's first heartbeat."""
+        """Wait for the guest's first heartbeat, and its first answer."""
         self._wait("ready")
+
+    def look(self, *, on: bool) -> None:
+        """Ping the guest, or leave it alone while it stands still."""
+        self._say(f"pings {'on' if on else 'off'}")
 
     def mark(self, name: str) -> None:
         """Begin a new window."""
@@ -42,10 +48,10 @@ class Heartbeats:
         self._wait(f"marked {name}")
 
     def window(self) -> dict[str, Any]:
-        """Return the heartbeats of the open window."""
+        """Return what was seen since the mark: `beats` and `pings`."""
         self._say("snapshot")
-        beats: dict[str, Any] = json.loads(self._line())["windows"][-1]["beats"]
-        return beats
+        seen: dict[str, Any] = json.loads(self._line())["windows"][-1]
+        return seen
 
     def end(self) -> None:
         """End the watcher."""
@@ -141,12 +147,14 @@ class _Seen:
 class Meter:
     """CPU time and bytes between `begin` and `end` on the two hosts; a thread looks at the processes now and then.
 
+    `networks`: whose bytes are counted.
     `moved` names the QEMU whose CPU time counts; every other QEMU stands still meanwhile. What a process used after the
     last look at it is lost: at most POLL_S of it.
     """
 
     hosts: tuple[LabHost, LabHost]
     moved: str
+    networks: tuple[str, ...] = ("migration",)
     _seen: dict[int, _Seen] = field(default_factory=dict)
     _qemu: set[int] = field(default_factory=set)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -188,5 +196,6 @@ class Meter:
                 self._seen[pid].last_s = now_s
 
     def _wire_bytes(self) -> int:
-        paths = [host.path("/sys/class/net/migration/statistics/tx_bytes") for host in self.hosts]
+        places = [(host, network) for host in self.hosts for network in self.networks]
+        paths = [host.path(f"/sys/class/net/{network}/statistics/tx_bytes") for host, network in places]
         return sum(int(path.read_text()) for path in paths)

@@ -105,6 +105,8 @@ class RawMove:
     wall_s: float
     qemu_s: float
     target_start_s: float
+    steps: dict[str, float]
+    """Seconds by what was done, in its order."""
 
 
 class RawGuest:
@@ -173,6 +175,7 @@ class RawGuest:
             begun_s = time.monotonic()
             if self.hardware.disk is not None:
                 self._mirror(ip, tls=tls, deadline_s=deadline_s)
+            copied_s = time.monotonic()
             self._set(tls=tls, own_rule=own_rule)
             self.qmp.execute("migrate", uri=f"tcp:{ip}:{MEMORY_PORT}")
             self._see_through(there, own_rule=own_rule, deadline_s=deadline_s)
@@ -190,7 +193,12 @@ class RawGuest:
         if tls:
             there.execute("object-del", id="tls0")
         self.process, self.qmp, self.host = self._process(target), there, target
-        return RawMove(ended_s - started_s, moved_s - begun_s, launched_s - started_s)
+        steps = {
+            "start of the target's QEMU": launched_s - started_s, "its preparation": begun_s - launched_s,
+            "disk": copied_s - begun_s, "memory and state": moved_s - copied_s,
+            "end of the source's QEMU": ended_s - moved_s,
+        }  # fmt: skip
+        return RawMove(ended_s - started_s, moved_s - begun_s, launched_s - started_s, steps)
 
     def _prepare(self, there: Qmp, *, tls: bool, ip: str) -> None:
         wanted = [{"capability": name, "state": True} for name in ("events", "return-path", "pause-before-switchover")]

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from kvmhv.errors import HostError
+from kvmhv.errors import HostError, KvmhvError
 from kvmhv.lab.bench import figures, meters
 from kvmhv.lab.bench.cases import DOWNTIME_S, GUEST_NUMBERS, KVMHV, RAW, VIRSH, Case, Way
 from kvmhv.lab.bench.extras import EXTRAS
 from kvmhv.lab.bench.figures import Measured, Rounds
 from kvmhv.lab.bench.libvirt import VirshGuest
-from kvmhv.lab.bench.machine import furnish, hardware, make_disk, make_tap, shape
-from kvmhv.lab.bench.product import KvmhvGuest
+from kvmhv.lab.bench.machine import furnish, hardware, make_disk, make_tap, shape, unshape
+from kvmhv.lab.bench.pace import Pace
+from kvmhv.lab.bench.product import KvmhvGuest, kvmhv
 from kvmhv.lab.bench.raw import RawGuest
 from kvmhv.lab.guest_images import ensure_guest_images
 from kvmhv.lab.lab import Lab, LabHost
@@ -25,19 +26,25 @@ from kvmhv.lab.libvirt import Libvirt
 from kvmhv.lab.plan import LIBVIRT_TREE, rate_bits_per_second
 from kvmhv.lab.steps import Progress
 
+RATED = ("migration", "management")
+"""The networks that a case may give its rate."""
 BEAT_PORTS = {RAW: 7161, VIRSH: 7162, KVMHV: 7163}
 SETTLE_S = 1.0
 WORKS_S = 90.0
+BREAKS = (KvmhvError, subprocess.SubprocessError, OSError, LookupError, ValueError)
+"""What may go wrong with a part: the others are measured all the same."""
+_NOTHING: dict[str, Any] = {"comparisons": [], "own_comparisons": [], "failures": [], "cases": []}
 AnyGuest = RawGuest | VirshGuest | KvmhvGuest
 
 
 class Bench:
     """One run on one lab."""
 
-    def __init__(self, lab: Lab, progress: Progress) -> None:
+    def __init__(self, lab: Lab, progress: Progress, pace: Pace) -> None:
         """Furnish the hosts and start libvirtd."""
         self.lab = lab
         self.progress = progress
+        self.pace = pace
         self.hosts = (lab.host("host1"), lab.host("host2"))
         self.client = lab.host("client")
         self.images = ensure_guest_images(progress)
@@ -57,20 +64,33 @@ class Bench:
 
     def run_case(self, case: Case, rounds: int) -> None:
         """Make all moves of a case; a case that breaks is noted, and what was measured of it kept."""
-        self.progress(f"{case.name}: {case.title}, {rounds} rounds of {len(case.ways)} moves")
+        self.progress(f"{case.name}: {case.title}, {rounds} rounds, {case.moves(rounds)} moves")
         self.rounds[case.name] = {way.name: [] for way in case.ways}
-        for host in self.hosts:
-            shape(host, "migration", case.rate)
+        self.pace.begin(case.name)
         try:
+            self._lay(case)
             with ExitStack() as guests:
                 turns = {method: guests.enter_context(Turn(self, case, method)) for method in methods_of(case.ways)}
+                self.pace.done(case.start_s() * len(turns))
                 for number in range(rounds):
-                    for way in rotated(case.ways, number):
+                    for way in case.turns(number):
                         measured = turns[way.method].move(way, number)
                         self.rounds[case.name][way.name].append(measured)
-        except (HostError, subprocess.SubprocessError, OSError) as error:
-            self.failures.append({"case": case.name, "error": str(error)})
-            self.progress(f"{case.name}: broke: {error}")
+                        self.pace.done(case.move_s())
+        except BREAKS as error:
+            self.failures.append(_broke(case.name, error, self.progress))
+        self.pace.end()
+
+    def _lay(self, case: Case) -> None:
+        """Give the networks of a case its rate, and no other a rate; kvmhv may use those, in their order."""
+        subnets = [self.lab.plan.network(network).subnet for network in case.networks]
+        for host in self.hosts:
+            for network in RATED:
+                if network in case.networks:
+                    shape(host, network, case.rate)
+                else:
+                    unshape(host, network)
+            kvmhv(self.lab, host.name, "host", "set", f"migration.networks={','.join(subnets)}")
 
 
 class Turn:
@@ -82,7 +102,7 @@ class Turn:
         port = BEAT_PORTS[method]
         self.guest_ip = f"{client_ip.rsplit('.', 1)[0]}.{GUEST_NUMBERS[method]}"
         self.hardware = hardware(case.guest, method, bench.images.cmdline, port, client_ip)
-        self.beats = meters.Heartbeats(bench.client, port)
+        self.onlooker = meters.Onlooker(bench.client, port, self.guest_ip)
         self.guest: AnyGuest | None = None
         self.boot_id: str | None = None
 
@@ -95,9 +115,9 @@ class Turn:
                 make_disk(self.bench.hosts[1], self.hardware.disk, self.case.guest.disk_mib, full=False)
         try:
             self.guest = self._start(first)
-            self.beats.wait_ready()
+            self.onlooker.wait_ready()
             self._wait_until_it_works()
-            self._signal(signal.SIGSTOP)
+            self._stand_still()
         except BaseException:
             self.__exit__()
             raise
@@ -108,7 +128,7 @@ class Turn:
         self._signal(signal.SIGCONT)
         if self.guest is not None:
             self.guest.end()
-        self.beats.end()
+        self.onlooker.end()
 
     def _start(self, host: LabHost) -> AnyGuest:
         if self.method == RAW:
@@ -132,6 +152,10 @@ class Turn:
     def _health(self) -> dict[str, Any]:
         return meters.health(self.bench.client, self.guest_ip)
 
+    def _stand_still(self) -> None:
+        self.onlooker.look(on=False)
+        self._signal(signal.SIGSTOP)
+
     def _signal(self, number: signal.Signals) -> None:
         for pid in meters.qemus(self.bench.hosts, self.method):
             os.kill(pid, number)
@@ -140,25 +164,28 @@ class Turn:
         """Let the guest go on, move it, look at it, and let it stand again."""
         assert self.guest is not None
         self._signal(signal.SIGCONT)
+        self.onlooker.look(on=True)
         time.sleep(SETTLE_S)
         first, second = self.bench.hosts
         target = second if self.guest.host.name == first.name else first
         if self.method == RAW and self.hardware.disk is not None:
             make_disk(target, self.hardware.disk, self.case.guest.disk_mib, full=False)
-        self.beats.mark(f"{way.name}-{number}")
-        meter = meters.Meter(self.bench.hosts, self.method)
+        self.onlooker.mark(f"{way.name}-{number}")
+        meter = meters.Meter(self.bench.hosts, self.method, self.case.networks)
         meter.begin()
         measured = self._move(way, target)
         wire_bytes, other_cpu_s, qemu_cpu_s = meter.end()
         time.sleep(SETTLE_S)
-        beats = self.beats.window()
+        seen = self.onlooker.window()
         wrong = meters.damage(self._health(), self.boot_id)
         if wrong is not None:
             raise HostError("bench-step", f"{way.label}: after the move {wrong}")
-        self._signal(signal.SIGSTOP)
+        self._stand_still()
         measured |= {
-            "blackout_ms": beats["longest_gap_ms"],
-            "beats_lost": beats["lost"],
+            "round": number,
+            "blackout_ms": seen["beats"]["longest_gap_ms"],
+            "beats_lost": seen["beats"]["lost"],
+            "network_gap_ms": seen["pings"]["longest_gap_ms"],
             "wire_bytes": wire_bytes,
             "agent_cpu_s": other_cpu_s,
             "cpu_s": other_cpu_s + measured["command_cpu_s"],
@@ -176,7 +203,7 @@ class Turn:
             by_hand = self.guest.move(target, ip, tls=way.tls, own_rule=way.own_rule)
             return {
                 "wall_s": by_hand.wall_s, "qemu_s": by_hand.qemu_s, "target_start_s": by_hand.target_start_s,
-                "command_cpu_s": 0.0,
+                "command_cpu_s": 0.0, "steps": by_hand.steps,
             }  # fmt: skip
         if isinstance(self.guest, VirshGuest):
             virsh = self.guest.move(target, ip, way.options)
@@ -191,6 +218,8 @@ class Turn:
             "wall_s": ours.wall_s, "qemu_s": ours.qemu_s, "command_cpu_s": ours.cpu_s,
             "setup_s": times.get("setup", 0.0), "cleanup_s": times.get("cleanup", 0.0),
             "reported_blackout_ms": ours.report["blackout_ms"], "phases": times,
+            "reported_network_gap_ms": ours.report["network_gap_ms"],
+            "channels": ours.report["plan"]["channels"],
             "blackout_steps": ours.report.get("blackout_steps", []),
             "passes": len(ours.report["passes"]), "switchover": ours.report["switchover"],
             "agent_bytes": max(meters.resident_bytes(meters.agent_pid(host)) for host in self.bench.hosts),
@@ -203,12 +232,6 @@ def methods_of(ways: Sequence[Way]) -> list[str]:
     return list(dict.fromkeys(way.method for way in ways))
 
 
-def rotated(ways: Sequence[Way], number: int) -> list[Way]:
-    """Return the ways in another order each round: none is always first after a pause."""
-    start = number % len(ways)
-    return [*ways[start:], *ways[:start]]
-
-
 def cli_start_s(times: int = 7) -> list[float]:
     """Return how long `kvmhv --help` takes."""
     found = []
@@ -219,43 +242,68 @@ def cli_start_s(times: int = 7) -> list[float]:
     return found
 
 
+def expected_s(cases: Sequence[Case], rounds: int, extras: Sequence[str]) -> dict[str, float]:
+    """Return about how long each part of a run takes."""
+    found = {
+        case.name: case.start_s() * len(methods_of(case.ways)) + case.move_s() * case.moves(rounds) for case in cases
+    }
+    return found | {name: EXTRAS[name].expected_s for name in extras}
+
+
 def run(
-    name: str, cases: Sequence[Case], rounds: int, progress: Progress, *, extras: Sequence[str] = ()
+    name: str, cases: Sequence[Case], rounds: int, progress: Progress, pace: Pace, *, extras: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Run the benchmark on labs of its own; returns everything that was measured.
 
-    `extras`: what else is measured, by its name in EXTRAS.
+    `extras`: what else is measured, by its name in EXTRAS. What breaks is noted in `failures`, and the rest goes on.
     """
     started_s = time.time()
     load_before = os.getloadavg()[0]
-    found = _compared(name, cases, rounds, progress) if cases else {"comparisons": [], "failures": [], "cases": []}
+    found = _compared(name, cases, rounds, progress, pace) if cases else dict(_NOTHING)
     start = figures.limit("CLI start (kvmhv --help)", figures.spread(cli_start_s())["median"], "s", 0.2)
-    own = [*found.pop("limits", ()), start]
+    limits, details = [*found.pop("limits", ()), start], {}
+    failures = [*found.pop("failures")]
     for extra in extras:
-        own += EXTRAS[extra](name, progress)
+        pace.begin(extra)
+        try:
+            more, details[extra] = EXTRAS[extra].measure(name, progress)
+            limits += more
+        except BREAKS as error:
+            failures.append(_broke(extra, error, progress))
+        pace.end()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started_s)),
         "seconds": round(time.time() - started_s),
         "machine": {"cpus": os.cpu_count(), "load_before": load_before},
         "versions": found.pop("versions", {"kernel": os.uname().release}),
-        "limits": own,
+        "limits": limits,
+        "failures": failures,
+        "extras": details,
         **found,
     }
 
 
-def _compared(name: str, cases: Sequence[Case], rounds: int, progress: Progress) -> dict[str, Any]:
+def _broke(part: str, error: Exception, progress: Progress) -> dict[str, str]:
+    """Say at once that a part broke, and return what the result has of it."""
+    progress(f"{part}: BROKE: {error}")
+    return {"case": part, "error": str(error)}
+
+
+def _compared(name: str, cases: Sequence[Case], rounds: int, progress: Progress, pace: Pace) -> dict[str, Any]:
     suites = {"host1": LIBVIRT_TREE, "host2": LIBVIRT_TREE}
     lab = Lab.up(name, rate=cases[0].rate, suites=suites, progress=progress)
     try:
-        bench = Bench(lab, progress)
+        bench = Bench(lab, progress, pace)
         for case in cases:
             bench.run_case(case, rounds)
         versions = bench.versions()
     finally:
         lab.down()
+    compared = [one for case in cases for one in figures.compare(case, bench.rounds[case.name])]
     return {
         "versions": versions,
-        "comparisons": [one for case in cases for one in figures.compare(case, bench.rounds[case.name])],
+        "comparisons": [one for one in compared if one["against"] != KVMHV],
+        "own_comparisons": [one for one in compared if one["against"] == KVMHV],
         "limits": figures.limits(bench.rounds),
         "failures": bench.failures,
         "cases": [

@@ -36,14 +36,15 @@ database.commit()
 """
 
 
-def limits(name: str, progress: Progress) -> list[dict[str, Any]]:
-    """Return what was measured, each with its limit. Raises HostError `bench-step`."""
+def measure(name: str, progress: Progress) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """Return what was measured, each with its limit, and every answer's time. Raises HostError `bench-step`."""
     memory_mib = agent_bytes(name, progress) / 1048576
     found = [figures.limit(f"resident memory of an agent with {VMS} running VMs", memory_mib, "MiB", 90.0)]
     what = f"of an agent with {DEFINED} VMs and {PAST} past moves"
-    for path, seconds in answers_s(name, progress).items():
+    answers = answers_s(name, progress)
+    for path, seconds in answers.items():
         found.append(figures.limit(f"{ASKED[path]} {what}", median(seconds) * 1000, "ms", 100.0))
-    return found
+    return found, answers
 
 
 def agent_bytes(name: str, progress: Progress) -> int:

@@ -1,0 +1,81 @@
+"""Figures of the benchmark's page: what each move took, and where kvmhv's time goes. Pure."""
+
+from html import escape
+from typing import Any
+
+from kvmhv.lab.bench.figures import Measured, spread
+
+PHASES = ("setup", "storage", "memory", "state", "cleanup")
+AROUND = "command around it"
+
+
+def shown(value: float) -> str:
+    """Return a figure with three digits that count, and all before its point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot(values: dict[str, list[float]], labels: dict[str, str], unit: str) -> str:
+    """Return a figure with one row a way: its moves as dots, their median as a bar."""
+    most = max(max(many) for many in values.values()) or 1.0
+    rows = []
+    for way, many in values.items():
+        middle = spread(many)["median"]
+        told = f"{labels[way]}: median {shown(middle)} {unit}, {shown(min(many))} to {shown(max(many))}"
+        dots = "".join(f'<i style="left:{one / most:.2%}" title="{shown(one)} {unit}"></i>' for one in many)
+        rows.append(
+            f"<div class=way>{escape(labels[way])}</div>"
+            f'<div class="track {way.partition("-")[0]}" role=img aria-label="{escape(told)}">'
+            f'<b style="width:{middle / most:.2%}"></b>{dots}</div><div class=n>{shown(middle)} {unit}</div>'
+        )
+    return f"<div class=plot>{''.join(rows)}</div>"
+
+
+def steps_s(moves: list[Measured]) -> dict[str, float]:
+    """Return where the time of a way goes: medians of kvmhv's own record, of the steps by hand, of libvirt's figure."""
+    if "phases" in moves[0]:
+        found = {name: _median([move["phases"].get(name, 0.0) for move in moves]) for name in PHASES}
+        found[AROUND] = _median([move["around_s"] for move in moves])
+        return {name: seconds for name, seconds in found.items() if seconds}
+    if "steps" in moves[0]:
+        return {name: _median([move["steps"][name] for move in moves]) for name in moves[0]["steps"]}
+    job_s = _median([move["qemu_s"] for move in moves])
+    return {"libvirt's job": job_s, AROUND: _median([move["wall_s"] for move in moves]) - job_s}
+
+
+def effects_ms(moves: list[Measured]) -> list[tuple[str, str, float]]:
+    """Return host, effect and median milliseconds of what a move did, by its own records on both hosts."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for move in moves:
+        for one in move.get("effects", ()):
+            found.setdefault((one["role"], one["name"]), []).append(one["ms"])
+    return [(role, name, _median(many)) for (role, name), many in found.items()]
+
+
+def blackout_steps_ms(moves: list[Measured]) -> dict[str, float]:
+    """Return the moments of the blackout, from the order to stop, by kvmhv's own record: medians, in their order."""
+    steps: dict[str, list[float]] = {}
+    for move in moves:
+        for step in move.get("blackout_steps", ()):
+            steps.setdefault(step["name"], []).append(step["at_ms"])
+    return dict(sorted(((name, _median(many)) for name, many in steps.items()), key=lambda one: one[1]))
+
+
+def breakdown(moves: list[Measured], label: str) -> str:
+    """Return where the time of a way goes as a table, with its blackout's moments."""
+    if not moves:
+        return ""
+    seconds = steps_s(moves)
+    head = "".join(f"<th>{escape(name)}" for name in seconds)
+    row = "".join(f"<td class=n>{one:.3f} s" for one in seconds.values())
+    told = ", ".join(f"{escape(name)} {at:.0f} ms" for name, at in blackout_steps_ms(moves).items())
+    blackout = f"<p><small>Blackout, from the order to stop: {told}</small></p>" if told else ""
+    by_effect = ", ".join(f"{role}: {escape(name)} {ms:.0f} ms" for role, name, ms in effects_ms(moves))
+    effects = f"<p><small>By effect: {by_effect}</small></p>" if by_effect else ""
+    return (
+        f"<p><small>{escape(label)}, medians:</small></p>"
+        f"<div class=wide><table><tr>{head}<tr>{row}</table></div>{effects}{blackout}"
+    )
+
+
+def _median(values: list[Any]) -> float:
+    return spread(values)["median"]
