@@ -13,6 +13,9 @@ STAMP_SPACE = socket.CMSG_SPACE(TIMESPEC.size)
 LOAD_WORD, LOAD_HALF, LOAD_BYTE, JUMP_EQUAL, RETURN = 0x20, 0x28, 0x30, 0x15, 0x06
 """Classic BPF (linux/filter.h)."""
 
+BYTES_RECEIVED_AT, BYTES_SENT_AT = 128, 200
+"""In struct tcp_info of linux/tcp.h; bytes_sent is there since Linux 4.19."""
+
 Instruction = tuple[int, int, int, int]
 """Code, jump if true, jump if false, operand."""
 

@@ -524,6 +524,27 @@ class DiskCopy(Struct, frozen=True, kw_only=True):
     target_layers: tuple[Layer, ...]
 
 
+class DiskSent(Struct, frozen=True, kw_only=True):
+    """What of a disk went over the wire until both sides had all of it."""
+
+    disk: DeviceName
+    sent_bytes: int | None
+    """TCP's count; None if that cannot be told (over several networks)."""
+
+
+class DiskSaving(Struct, frozen=True, kw_only=True):
+    """What of a disk did not have to be sent, and why."""
+
+    disk: str
+    size_bytes: int
+    sent_bytes: int | None
+    """What was: data, what the guest wrote meanwhile, TLS. None if that cannot be told (over several networks)."""
+    unallocated_bytes: int
+    """Never stored at the source, or given back by a discard."""
+    zero_bytes: int | None
+    """Stored at the source and not sent: written zeros, and an image's own tables."""
+
+
 class Plan(Struct, frozen=True, kw_only=True):
     """What a move will do, made from both inventories; both sides follow the same plan."""
 
@@ -771,6 +792,8 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """A storage move: which disks go from where to where."""
     writes_held_ms: float | None = None
     """A storage move: how long the guest's disk requests waited at the change from the old images to the new ones."""
+    savings: tuple[DiskSaving, ...] = ()
+    """What of each disk that travelled was not sent; there as soon as all of them are copied."""
     queue: QueuePlace | None = None
     """While it waits for a slot; its outcome is `running` then, too, because it has not ended."""
     queued_seconds: float | None = None

@@ -83,6 +83,8 @@ class MirrorStats(Struct, frozen=True, kw_only=True):
     total_bytes: int
     ready: bool
     error: str = ""
+    sent_bytes: int | None = None
+    """To another host: what went over the wire for it; None if that cannot be told."""
 
 
 EventSink = Callable[[QemuEvent], None]

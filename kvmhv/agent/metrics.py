@@ -157,10 +157,13 @@ class _Figures:
         self._passes = histogram("passes", "Complete passes of pre-copy before the guest was stopped.", PASS_BUCKETS)
         self._migrations = counter("s", "Moves that ended.", "direction", "mode", "outcome", "reason")
         self._bytes = counter("_bytes", "Bytes that moves sent, however they ended.", "kind")
+        self._saved = counter("_saved_bytes", "Bytes of disks that moves did not have to send, and why.", "reason")
         self._switchovers = counter("_switchovers", "Why guests were stopped: threshold or pass-limit.", "reason")
         self._findings = counter("_findings", "Findings of the checks of moves.", "id")
         for kind in ("memory", "disk", "wire"):
             self._bytes.labels(kind)
+        for why in ("unallocated", "zeros"):
+            self._saved.labels(why)
 
     def count(self, report: MoveReport) -> None:
         mode = report.mode.value if report.mode is not None else "none"
@@ -171,6 +174,9 @@ class _Figures:
         self._bytes.labels("memory").inc(report.memory_bytes)
         self._bytes.labels("disk").inc(report.disk_bytes)
         self._bytes.labels("wire").inc(report.wire_bytes or 0)
+        for saving in report.savings:
+            self._saved.labels("unallocated").inc(saving.unallocated_bytes)
+            self._saved.labels("zeros").inc(saving.zero_bytes or 0)
         for finding in report.findings:
             self._findings.labels(finding.id).inc()
         if report.switchover is not None:

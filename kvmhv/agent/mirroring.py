@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from kvmhv.core import facts
 from kvmhv.errors import HostError
-from kvmhv.model import Vm
+from kvmhv.model import DiskSent, Vm
 from kvmhv.ports import Clock, Hypervisor
 
 POLL_S = 0.25
@@ -26,5 +26,6 @@ async def until_ready(
         now_ms = clock.monotonic_ms()
         put(facts.MirrorProgress(at_ms=now_ms, copied_bytes=copied_bytes, total_bytes=total_bytes))
         if stats and all(mirror.ready for mirror in stats):
-            return facts.MirrorsReady(at_ms=now_ms, copied_bytes=copied_bytes)
+            sent = tuple(DiskSent(disk=mirror.disk, sent_bytes=mirror.sent_bytes) for mirror in stats)
+            return facts.MirrorsReady(at_ms=now_ms, copied_bytes=copied_bytes, sent=sent)
         await asyncio.sleep(POLL_S)

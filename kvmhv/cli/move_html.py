@@ -7,7 +7,7 @@ from html import escape
 from kvmhv.cli import move_plots, output
 from kvmhv.cli.move_report import ends_of, total_s
 from kvmhv.cli.move_style import STYLE
-from kvmhv.model import DiskCopy, Finding, Mode, MoveReport, Outcome, Phase, Plan
+from kvmhv.model import DiskCopy, DiskSaving, Finding, Mode, MoveReport, Outcome, Phase, Plan
 
 OUTCOMES = {
     Outcome.RUNNING: "is running",
@@ -56,6 +56,7 @@ def page(report: MoveReport) -> str:
         *_passes(report),
         *_blackout(report),
         *_disks(report.disks),
+        *_savings(report.savings),
         *_findings(report.findings, report.warnings),
         *_hosts(report),
         *_decided(report),
@@ -197,6 +198,26 @@ def _disks(copies: Sequence[DiskCopy]) -> Iterable[str]:
     ]
     if rows:
         yield _section("Disks", _table("Disks", ("Disk", "#Size", "#Used", "From", "To"), rows))
+
+
+def _savings(savings: Sequence[DiskSaving]) -> Iterable[str]:
+    rows = [
+        (
+            _text(one.disk),
+            *(
+                _text(output.size_text(size))
+                for size in (one.size_bytes, one.sent_bytes, one.unallocated_bytes, one.zero_bytes)
+            ),
+        )
+        for one in savings
+    ]
+    if rows:
+        head = ("Disk", "#Size", "#Sent", "#Unallocated", "#Zeros")
+        text = (
+            "<p>Sent until both sides had all of it, as TCP counts. What the source had never stored, or given back, "
+            "and written zeros did not have to be.</p>"
+        )
+        yield _section("What was sent of the disks", text + _table("What was sent of the disks", head, rows))
 
 
 def _findings(findings: Sequence[Finding], warnings: Sequence[str]) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from kvmhv.cli import output
-from kvmhv.model import DiskCopy, Finding, Mode, MoveReport, MoveRequest, Outcome, Plan, QueuePlace
+from kvmhv.model import DiskCopy, DiskSaving, Finding, Mode, MoveReport, MoveRequest, Outcome, Plan, QueuePlace
 
 _VERBS = {
     Outcome.RUNNING: "is moving",
@@ -104,7 +104,23 @@ def draw_report(report: MoveReport, *, with_reason: bool = True) -> None:
         ]
         output.table(("pass", "sent", "remaining", "rate", "dirtied", "time"), rows)
     _draw_disks(report.disks)
+    _draw_savings(report.savings)
     output.pairs([row for row in _summary(report) if with_reason or row[0] != "reason"])
+
+
+def _draw_savings(savings: Sequence[DiskSaving]) -> None:
+    rows = [
+        (
+            one.disk,
+            output.size_text(one.size_bytes),
+            output.size_text(one.sent_bytes),
+            output.size_text(one.unallocated_bytes),
+            output.size_text(one.zero_bytes),
+        )
+        for one in savings
+    ]
+    if rows:
+        output.table(("disk", "size", "sent", "not sent: unallocated", "zeros"), rows)
 
 
 def _interruptions(report: MoveReport) -> list[tuple[str, object]]:

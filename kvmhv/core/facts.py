@@ -6,7 +6,7 @@
 from typing import TypeVar
 
 from kvmhv.messages import AnyMessage
-from kvmhv.model import ErrorBody, IncomingAddress, Struct, Whereabouts
+from kvmhv.model import DiskSent, ErrorBody, IncomingAddress, Struct, Whereabouts
 
 
 class Fact(Struct, frozen=True, kw_only=True, tag_field="fact", tag=True):
@@ -127,6 +127,8 @@ class MirrorsReady(Fact, frozen=True, kw_only=True):
     """Every disk is copied, and each write goes to both sides."""
 
     copied_bytes: int
+    sent: tuple[DiskSent, ...] = ()
+    """To another host: what went over the wire until now."""
 
 
 class MirrorsFinished(Fact, frozen=True, kw_only=True):

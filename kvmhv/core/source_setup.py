@@ -127,7 +127,7 @@ def mirror_progress(state: SourceState, fact: facts.Fact) -> Result:
 def mirrors_ready(state: SourceState, fact: facts.Fact) -> Result:
     """From here on each write goes to both sides; memory may go."""
     assert isinstance(fact, facts.MirrorsReady)
-    return _begin_memory(update(state, copied_bytes=fact.copied_bytes), fact.at_ms)
+    return _begin_memory(update(state, copied_bytes=fact.copied_bytes, disks_sent=fact.sent), fact.at_ms)
 
 
 def _begin_memory(state: SourceState, at_ms: float) -> Result:

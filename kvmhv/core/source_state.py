@@ -6,7 +6,7 @@ from typing import Protocol
 
 import msgspec
 
-from kvmhv.core import blackout, first_frame, progress
+from kvmhv.core import blackout, first_frame, progress, savings
 from kvmhv.core.effects import Effect, SetTimer
 from kvmhv.core.facts import Fact, PassStarted
 from kvmhv.core.handover import SourceHold
@@ -14,6 +14,7 @@ from kvmhv.messages import Offer
 from kvmhv.model import (
     Asked,
     BlackoutStep,
+    DiskSent,
     ErrorBody,
     Finding,
     HostVersions,
@@ -100,6 +101,7 @@ class SourceState(Struct, frozen=True, kw_only=True):
     ended_ms: float | None = None
     disk_total_bytes: int = 0
     copied_bytes: int = 0
+    disks_sent: tuple[DiskSent, ...] = ()
     memory_sent_bytes: int = 0
     memory_remaining_bytes: int = 0
     passes: tuple[Pass, ...] = ()
@@ -269,6 +271,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         versions=state.versions,
         plan=state.plan if state.step is SourceStep.ENDED else None,
         queued_seconds=state.queued_s,
+        savings=savings.of_disks(state.plan, state.disks_sent),
     )
 
 

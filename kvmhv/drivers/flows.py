@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from kvmhv.errors import HostError
-from kvmhv.kernel_sockets import JUMP_EQUAL, LOAD_HALF, RETURN, attach_filter
+from kvmhv.kernel_sockets import BYTES_RECEIVED_AT, BYTES_SENT_AT, JUMP_EQUAL, LOAD_HALF, RETURN, attach_filter
 
 NETLINK_SOCK_DIAG = 4
 SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 270, 1
@@ -34,8 +34,6 @@ SOCKET = struct.Struct("=BBBB2s2s16s16sI8s20s")
 """struct inet_diag_msg: family, state, timer, retransmits, ports in network order, addresses, interface, cookie."""
 REMOTE_PORT_AT = HEADER.size + 6
 ATTRIBUTE = struct.Struct("=HH")
-BYTES_RECEIVED_AT, BYTES_SENT_AT = 128, 200
-"""In struct tcp_info of linux/tcp.h; bytes_sent is there since Linux 4.19."""
 CHUNK_BYTES = 1 << 16
 DUMP_TIMEOUT_S = 5.0
 

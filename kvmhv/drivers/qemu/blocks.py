@@ -1,4 +1,4 @@
-"""Disks of a move over QMP: exports at the target, mirrors at the source.
+"""Disks of a move over QMP, at the source: backing layers are copied, tops are mirrored (the target: exports.py).
 
 How one disk travels. Its backing layers are read only at the source: each is copied as it is, the lowest first, by a
 job that reads a second node over the same file (`copy-disk0-b1`) and writes the export of the same name. Then the top
@@ -11,13 +11,15 @@ Jobs are kept after their end (auto-dismiss off), so how one ended is never lost
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvmhv.drivers.qemu.answers import Job
+from kvmhv.drivers.qemu.disk_wire import DiskWire
 from kvmhv.drivers.qemu.graph import Node, file_node, inet_address, layer_node
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
 from kvmhv.drivers.qemu.nodes import node_names, top_nodes, used_bytes
+from kvmhv.drivers.qemu.process import Process
 from kvmhv.drivers.qemu.qmp import Event, Qmp, QmpLost, QmpRefused
-from kvmhv.drivers.qemu.rundir import VmDir, keep_json, read_json
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import DiskCopy, DiskFormat, Plan
 from kvmhv.ports import MirrorStats
@@ -41,62 +43,6 @@ OPEN_TIMEOUT_S = 3
 def layers_arriving(copy: DiskCopy) -> int:
     """Return how many of a disk's layers travel, from the top: target layers beyond them are there already."""
     return len(copy.source_layers)
-
-
-# --- target -------------------------------------------------------------------------------------------------------
-
-
-async def export(qmp: Qmp, plan: Plan, ports: tuple[int, int], nodes: list[str]) -> int:
-    """Export nodes for writing by NBD under the key, at the plan's address; returns the port, one of `ports`.
-
-    Raises HostError `no-port` when all are in use.
-    """
-    for port in range(ports[0], ports[1] + 1):
-        try:
-            await qmp.execute(
-                "nbd-server-start",
-                {"addr": {"type": "inet", "data": inet_address(plan, port)}, "tls-creds": TLS_OBJECT},
-            )
-        except QmpRefused as error:
-            if "in use" not in error.description:
-                raise
-            continue
-        for node in nodes:
-            await qmp.execute(
-                "block-export-add",
-                {"type": "nbd", "id": f"export-{node}", "node-name": node, "name": node, "writable": True},
-            )
-        return port
-    text = f"no port of {ports[0]}-{ports[1]} is free on {plan.target_address}"
-    raise HostError("no-port", text, "widen migration_ports")
-
-
-async def unexport(qmp: Qmp) -> None:
-    """End the NBD server and with it every export and connection; no error if there is none."""
-    try:
-        await qmp.execute("nbd-server-stop")
-    except QmpRefused as error:
-        if "not running" not in error.description:
-            raise
-
-
-def remember_sealing(directory: VmDir, nodes: list[Node]) -> None:
-    """Keep which nodes `seal` has to make read only, for an agent that is restarted before it can."""
-    sealed = [{**node, "read-only": True} for node in nodes]
-    keep_json(directory.path / "seal.json", sealed)
-
-
-async def seal(qmp: Qmp, directory: VmDir) -> None:
-    """Make the backing layers that a move wrote read only, as they are on any other day; no error if done before."""
-    file = directory.path / "seal.json"
-    if file.exists():
-        nodes = read_json(file, list[dict[str, object]])
-        if nodes:
-            await qmp.execute("blockdev-reopen", {"options": nodes})
-        file.unlink(missing_ok=True)
-
-
-# --- source -------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -126,6 +72,7 @@ class Mirrors:
 
     disks: dict[str, DiskState] = field(default_factory=dict)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
+    wire: DiskWire = field(default_factory=lambda: DiskWire(None))
 
     async def close(self) -> None:
         """Stop to go from layer to layer; jobs in QEMU go on."""
@@ -135,19 +82,20 @@ class Mirrors:
         self.tasks.clear()
 
 
-async def begin(qmp: Qmp, plan: Plan, port: int) -> Mirrors:
+async def begin(qmp: Qmp, process: Process, plan: Plan, port: int) -> Mirrors:
     """Begin to copy every disk of the plan; returns when the first jobs run. Raises HostError `mirror-failed`."""
-    mirrors = Mirrors()
+    look = partial(process.sent_bytes, plan.target_address, (port,))
+    mirrors = Mirrors(wire=DiskWire(None if plan.more_networks else look))
     tops = await top_nodes(qmp)
     try:
         for copy in plan.disk_copies:
             layers = await backing_layers(qmp, copy, tops[copy.disk])
             state = mirrors.disks[copy.disk] = DiskState(copy, tops[copy.disk], layers)
             if layers:
-                task = _copy_disk(qmp, plan, port, state)
+                task = _copy_disk(qmp, plan, port, state, mirrors.wire)
                 mirrors.tasks.append(asyncio.create_task(task, name=f"copy {copy.disk}"))
             else:
-                await _mirror_top(qmp, plan, port, state)
+                await _mirror_top(qmp, plan, port, state, mirrors.wire)
     except QmpRefused as error:
         await mirrors.close()
         raise failed(error.message) from error
@@ -157,6 +105,7 @@ async def begin(qmp: Qmp, plan: Plan, port: int) -> Mirrors:
 async def stats(qmp: Qmp, mirrors: Mirrors) -> tuple[MirrorStats, ...]:
     """Return each disk's progress, over all its layers. Raises HostError when QEMU does not answer."""
     under_way = await jobs(qmp)
+    mirrors.wire.note()
     found = []
     for name, state in mirrors.disks.items():
         copied = sum(layer.copied_bytes for layer in state.layers)
@@ -175,6 +124,7 @@ async def stats(qmp: Qmp, mirrors: Mirrors) -> tuple[MirrorStats, ...]:
                 total_bytes=total,
                 ready=top is not None and top.status == "ready" and not error,
                 error=error,
+                sent_bytes=mirrors.wire.sent_bytes(name),
             )
         )
     return tuple(found)
@@ -221,23 +171,25 @@ async def backing_layers(qmp: Qmp, copy: DiskCopy, top: str) -> list[LayerCopy]:
     return [LayerCopy(index, used.get(layer_node(top, index), 0)) for index in indexes]
 
 
-async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: DiskState) -> None:
+async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: DiskState, wire: DiskWire) -> None:
     """Copy the backing layers, the lowest first, then begin the top's mirror; what fails is kept in `state.error`."""
     try:
         async with asyncio.timeout(plan.timeouts.storage_s):
             for layer in state.layers:
-                await _copy_layer(qmp, plan, port, state, layer)
-            await _mirror_top(qmp, plan, port, state)
+                await _copy_layer(qmp, plan, port, state, layer, wire)
+            await _mirror_top(qmp, plan, port, state, wire)
     except TimeoutError:
         state.error = f"not copied in {plan.timeouts.storage_s:g} s"
     except KvmhvError as error:
         state.error = error.message
 
 
-async def _copy_layer(qmp: Qmp, plan: Plan, port: int, state: DiskState, layer: LayerCopy) -> None:
+async def _copy_layer(qmp: Qmp, plan: Plan, port: int, state: DiskState, layer: LayerCopy, wire: DiskWire) -> None:
     name = layer_node(state.copy.disk, layer.index)
-    await _add_target(qmp, plan, port, name)
+    async with wire.opens(state.copy.disk):
+        await _add_target(qmp, plan, port, name)
     await copy_layer(qmp, state, layer, TARGET + name, pace(plan.rule.bandwidth_bytes_per_s, len(plan.disk_copies)))
+    wire.note()
     await qmp.execute("blockdev-del", {"node-name": TARGET + name})
 
 
@@ -279,9 +231,10 @@ async def copy_layer(qmp: Qmp, state: DiskState, layer: LayerCopy, target: str, 
     await qmp.together(("job-dismiss", {"id": job_id}), ("blockdev-del", {"node-name": COPY + name}))
 
 
-async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: DiskState) -> None:
+async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: DiskState, wire: DiskWire) -> None:
     disk = state.copy.disk
-    await _add_target(qmp, plan, port, disk)
+    async with wire.opens(disk):
+        await _add_target(qmp, plan, port, disk)
     await qmp.execute(
         "blockdev-mirror",
         {
@@ -320,8 +273,9 @@ async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None
             "server": {"type": "inet", **inet_address(plan, port)},
             "export": export_name,
             "tls-creds": TLS_OBJECT,
-            # Zeroes travel as a request, not as data, and stay holes at the target.
+            # Zeroes travel as a request, not as data, and stay holes at the target; also those that somebody wrote.
             "discard": "unmap",
+            "detect-zeroes": "unmap",
             "open-timeout": OPEN_TIMEOUT_S,
         },
     )

@@ -12,6 +12,7 @@ from kvmhv.drivers.qemu import (
     argv,
     blocks,
     direct,
+    exports,
     keys,
     memory,
     page_sample,
@@ -201,7 +202,7 @@ class Qemu(StorageMoves):
         """End the NBD exports and their server."""
         instance = await self._instance(vm_id)
         async with instance.bounded("end the exports", self._config.limits.switchover_command_s):
-            await blocks.unexport(instance.qmp)
+            await exports.unexport(instance.qmp)
 
     # --- source of a move
 
@@ -213,7 +214,7 @@ class Qemu(StorageMoves):
         await keys.add(instance.qmp, instance.directory, "client", psk_hex)
         await instance.mirrors.close()
         instance.remember_peer(plan.target_address, address)
-        instance.mirrors = await blocks.begin(instance.qmp, plan, address.disk_port)
+        instance.mirrors = await blocks.begin(instance.qmp, instance.process, plan, address.disk_port)
 
     async def mirror_stats(self, vm_id: str) -> tuple[MirrorStats, ...]:
         """Progress of each disk over all its layers."""
@@ -392,6 +393,6 @@ class Qemu(StorageMoves):
             qmp, {layer_node(disk.name, 0) for disk in launch.vm.disks if not launch.arriving.get(disk.name)}
         )
         nodes, sealed = argv.arriving_nodes(launch)
-        blocks.remember_sealing(directory, sealed)
-        disk_port = await blocks.export(qmp, plan, ports, nodes) if nodes else None
+        exports.remember_sealing(directory, sealed)
+        disk_port = await exports.export(qmp, plan, ports, nodes) if nodes else None
         return IncomingAddress(memory_port=await memory.listen(qmp, plan, ports), disk_port=disk_port)

@@ -7,7 +7,7 @@
 A storage move opens the new images beside the old ones, under names made of `disk0-alt`, and QEMU puts the new top in
 the place of the old one; the next storage move uses `disk0` again. Which it is now QEMU knows (nodes.top_nodes).
 
-At the target of a move the layers that are still to be copied are opened for writing (`arriving`); `blocks.seal` makes
+At the target of a move the layers that are still to be copied are opened for writing (`arriving`); `exports.seal` makes
 them read only again once the VM runs there.
 """
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from kvmhv.drivers.qemu import answers, blocks, keys
+from kvmhv.drivers.qemu import answers, blocks, exports, keys
 from kvmhv.drivers.qemu.argv import qmp_chardev
 from kvmhv.drivers.qemu.dirty_rate import FineSample
 from kvmhv.drivers.qemu.process import Process
@@ -130,9 +130,9 @@ class Instance:
     async def _settle(self) -> None:
         """After a move in: take away what only the move needed. The guest runs already, so a failure is only told."""
         try:
-            await blocks.unexport(self.qmp)
+            await exports.unexport(self.qmp)
             await keys.remove_object(self.qmp)
-            await blocks.seal(self.qmp, self.directory)
+            await exports.seal(self.qmp, self.directory)
         except KvmhvError as error:
             log.warning("%s: cleaning up after the move in: %s", self.name, error)
         finally:

@@ -11,16 +11,19 @@ import ipaddress
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from kvmhv.errors import HostError
+from kvmhv.kernel_sockets import BYTES_SENT_AT
 
 PIDFD_GETFD = 438
 """The system call's number on every architecture (Linux 5.6); Python has no name for it."""
 
 TCP_NOTSENT_LOWAT = 25
 """Linux' number of the option; Python has no name for it."""
+TCP_INFO_BYTES = 256
 UNSENT_MAX_BYTES = 128 * 1024
 """What a connection may hold that was not sent yet: no network of some Gbit/s waits for more."""
 
@@ -81,6 +84,21 @@ class Process:
             connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_MAX_BYTES)
 
         return self._each_connection(ip, ports, shorten)
+
+    def sent_bytes(self, ip: str, ports: tuple[int, ...]) -> dict[int, int]:
+        """Return what each of the process's connections to these ports of a host has sent, by its local port.
+
+        TCP's own count (TCP_INFO), so with TLS and repeats.
+        """
+        found: dict[int, int] = {}
+
+        def look(connection: socket.socket) -> None:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+            sent = info[BYTES_SENT_AT : BYTES_SENT_AT + 8]
+            found[connection.getsockname()[1]] = int.from_bytes(sent, sys.byteorder)
+
+        self._each_connection(ip, ports, look)
+        return found
 
     def _each_connection(self, ip: str, ports: tuple[int, ...], act: Callable[[socket.socket], None]) -> int:
         found = 0
