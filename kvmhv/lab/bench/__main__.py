@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the page with the plots there")
     parser.add_argument("--lab", default="bench", metavar="NAME", help="the name of the lab that is made for it")
     given = parser.parse_args(arguments)
-    cases = [case for case in CASES if not given.quick or case.in_quick]
+    cases = [case for case in CASES if (case.in_quick if given.quick else case.in_full)]
     if given.case:
         cases = [case for case in CASES if case.name in given.case]
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)

@@ -21,6 +21,6 @@ class Extra:
 
 EXTRAS = {
     "scale": Extra(scale.measure, 150.0),
-    "crowd": Extra(crowd.measure, 240.0),
-    "blackout-limit": Extra(limited.measure, 240.0),
+    "crowd": Extra(crowd.measure, 210.0),
+    "blackout-limit": Extra(limited.measure, 210.0),
 }

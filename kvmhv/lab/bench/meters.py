@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ ASK_GUEST = (
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 POLL_S = 0.25
 PING_EVERY_MS = 10
+BACK_S = 20.0
 QEMU = "qemu-system"
 
 
@@ -38,9 +40,19 @@ class Onlooker:
         """Wait for the guest's first heartbeat, and its first answer."""
         self._wait("ready")
 
-    def look(self, *, on: bool) -> None:
-        """Ping the guest, or leave it alone while it stands still."""
-        self._say(f"pings {'on' if on else 'off'}")
+    def look_away(self) -> None:
+        """Leave the guest alone: it stands still."""
+        self._say("pings off")
+
+    def look_again(self) -> None:
+        """Ping the guest again and wait until it is seen: that it stood still is no gap. HostError `bench-step`."""
+        self.mark("back")
+        self._say("pings on")
+        deadline_s = time.monotonic() + BACK_S
+        while not all(self.window()[what]["received"] for what in ("beats", "pings")):
+            if time.monotonic() > deadline_s:
+                raise HostError("bench-step", f"the guest does not answer {BACK_S:.0f} s after it was let go on")
+            time.sleep(0.1)
 
     def mark(self, name: str) -> None:
         """Begin a new window."""

@@ -42,15 +42,6 @@ def steps_s(moves: list[Measured]) -> dict[str, float]:
     return {"libvirt's job": job_s, AROUND: _median([move["wall_s"] for move in moves]) - job_s}
 
 
-def effects_ms(moves: list[Measured]) -> list[tuple[str, str, float]]:
-    """Return host, effect and median milliseconds of what a move did, by its own records on both hosts."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for move in moves:
-        for one in move.get("effects", ()):
-            found.setdefault((one["role"], one["name"]), []).append(one["ms"])
-    return [(role, name, _median(many)) for (role, name), many in found.items()]
-
-
 def blackout_steps_ms(moves: list[Measured]) -> dict[str, float]:
     """Return the moments of the blackout, from the order to stop, by kvmhv's own record: medians, in their order."""
     steps: dict[str, list[float]] = {}
@@ -69,11 +60,9 @@ def breakdown(moves: list[Measured], label: str) -> str:
     row = "".join(f"<td class=n>{one:.3f} s" for one in seconds.values())
     told = ", ".join(f"{escape(name)} {at:.0f} ms" for name, at in blackout_steps_ms(moves).items())
     blackout = f"<p><small>Blackout, from the order to stop: {told}</small></p>" if told else ""
-    by_effect = ", ".join(f"{role}: {escape(name)} {ms:.0f} ms" for role, name, ms in effects_ms(moves))
-    effects = f"<p><small>By effect: {by_effect}</small></p>" if by_effect else ""
     return (
         f"<p><small>{escape(label)}, medians:</small></p>"
-        f"<div class=wide><table><tr>{head}<tr>{row}</table></div>{effects}{blackout}"
+        f"<div class=wide><table><tr>{head}<tr>{row}</table></div>{blackout}"
     )
 
 

@@ -29,7 +29,7 @@ from kvmhv.lab.steps import Progress
 RATED = ("migration", "management")
 """The networks that a case may give its rate."""
 BEAT_PORTS = {RAW: 7161, VIRSH: 7162, KVMHV: 7163}
-SETTLE_S = 1.0
+SETTLE_S = 0.6
 WORKS_S = 90.0
 BREAKS = (KvmhvError, subprocess.SubprocessError, OSError, LookupError, ValueError)
 """What may go wrong with a part: the others are measured all the same."""
@@ -153,7 +153,7 @@ class Turn:
         return meters.health(self.bench.client, self.guest_ip)
 
     def _stand_still(self) -> None:
-        self.onlooker.look(on=False)
+        self.onlooker.look_away()
         self._signal(signal.SIGSTOP)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -164,7 +164,7 @@ class Turn:
         """Let the guest go on, move it, look at it, and let it stand again."""
         assert self.guest is not None
         self._signal(signal.SIGCONT)
-        self.onlooker.look(on=True)
+        self.onlooker.look_again()
         time.sleep(SETTLE_S)
         first, second = self.bench.hosts
         target = second if self.guest.host.name == first.name else first
