@@ -221,6 +221,13 @@ class Hypervisor(Protocol):
         """Return query-migrate; status `lost` when QMP does not answer in time."""
         ...
 
+    async def hold(self, vm_id: str, bytes_per_s: int | None) -> bool:
+        """Send memory no faster than this; None: as fast as the plan allows again. False: it has no effect now.
+
+        It has none before the migration has begun and after the guest was told to stop. Raises HostError.
+        """
+        ...
+
     async def throttle(self, vm_id: str, max_percent: int) -> None:
         """Let QEMU slow the guest's CPUs down, so far at most, more with each pass, until the migration ends."""
         ...

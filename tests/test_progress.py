@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
@@ -32,16 +33,20 @@ def _kinds(kind: type) -> list[type]:
     return [found for below in kind.__subclasses__() for found in (below, *_kinds(below))]
 
 
-@functools.cache
-def replay(name: str) -> tuple[Look, ...]:
-    """Step the source machine through the recorded facts."""
+def stepped(name: str) -> Iterator[tuple[facts.Fact, SourceState]]:
+    """Step the source machine through the recorded facts: each with the state that it leads to."""
     raw = msgspec.json.decode((RECORDED / f"{name}.json").read_bytes(), type=dict[str, Any])
     state = msgspec.convert(raw["state"], SourceState)
     any_fact = Union[tuple(_kinds(facts.Fact))]  # noqa: UP007 - made at run time
-    looks = []
     for fact in msgspec.convert(raw["facts"], list[any_fact]):  # type: ignore[valid-type]
         state, _ = source.step(state, fact)
-        looks.append(Look(fact.at_ms / 1000, report(state, fact.at_ms)))
+        yield fact, state
+
+
+@functools.cache
+def replay(name: str) -> tuple[Look, ...]:
+    """Return what would have been shown of a recorded move."""
+    looks = [Look(fact.at_ms / 1000, report(state, fact.at_ms)) for fact, state in stepped(name)]
     assert looks[-1].report.outcome is Outcome.DONE
     return tuple(looks)
 

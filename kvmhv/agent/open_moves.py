@@ -8,6 +8,7 @@ import structlog
 
 from kvmhv.agent.answer_gap import AnswerGap
 from kvmhv.agent.chronicle import Chronicle
+from kvmhv.agent.leads import Leads
 from kvmhv.agent.link import Link
 from kvmhv.agent.network_gap import NetworkGap
 from kvmhv.agent.runner import Runner, State
@@ -66,6 +67,8 @@ class OpenMoves:
         self._ways = ways
         self._chronicle = chronicle
         self._runners: dict[tuple[str, str], Runner] = {}
+        self._leads = Leads(hypervisor, clock)
+        self._leads.on_held = self._held_back
         self._gaps: dict[str, NetworkGap] = {}
         self._leaving: dict[str, tuple[SourceMachine, AnswerGap]] = {}
         self._promises: dict[str, admission.Promise] = {}
@@ -169,6 +172,7 @@ class OpenMoves:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._leads.close()
 
     # ---
 
@@ -224,6 +228,8 @@ class OpenMoves:
             machine = SourceMachine(state, *services, gap, self._ways)
             self._leaving[state.move_id] = machine, gap
         runner = Runner(machine, state, self._clock, self._journal, self._limit)
+        if not state.vm.runtime:
+            runner.on_step = self._stepped
         machine.put = runner.put
         hello = Hello(move_id=state.move_id, host=state.source, role=SOURCE, epoch=state.hold.epoch)
         runner.link = Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
@@ -247,6 +253,15 @@ class OpenMoves:
         hello = Hello(move_id=state.move_id, host=state.target, role=TARGET, epoch=state.hold.epoch)
         runner.link = link or Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
         return runner
+
+    def _stepped(self, state: State) -> None:
+        assert isinstance(state, SourceState)
+        self._leads.note(state)
+
+    def _held_back(self, move_id: str) -> None:
+        runner = self.find(move_id, SOURCE)
+        if runner is not None:
+            runner.put(facts.HeldBack(at_ms=self._clock.monotonic_ms()))
 
     def _first_frame(self, runner: Runner, after_resume_ms: float) -> None:
         runner.put(facts.FirstFrame(at_ms=self._clock.monotonic_ms(), after_resume_ms=after_resume_ms))
@@ -278,6 +293,7 @@ class OpenMoves:
     def _ended(self, state: State, role: str) -> None:
         """Let the VM go: its next move may begin while the last words of this one are still said."""
         self._runners.pop((state.move_id, role), None)
+        self._leads.forget(state.move_id)
         self._vms.release(state.vm.name, state.move_id)
         if not state.vm.runtime:
             self._vms.disks.settle_owner(state.vm)

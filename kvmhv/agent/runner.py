@@ -94,6 +94,8 @@ class Runner:
         self.on_need_operator: Callable[[MoveReport], None] = lambda report: None
         self.on_end: Callable[[], None] = lambda: None
         """Told in the moment in which the move is seen to have ended: whoever sees that sees what follows from it."""
+        self.on_step: Callable[[State], None] = lambda state: None
+        """Told after each step, when its effects are under way."""
         self._clock = clock
         self._journal = journal
         self._facts: asyncio.Queue[facts.Fact] = asyncio.Queue(queue_limit)
@@ -155,6 +157,7 @@ class Runner:
                 self.state, effects = self.machine.step(before, fact)
                 self._tell(fact, before, effects)
                 await self._perform_all(effects)
+                self.on_step(self.state)
                 await self._notify()
             return self.final
         finally:

@@ -69,17 +69,21 @@ def predict_ms(
     shrinks: float = 1.0,
     link_bytes_per_s: float | None = None,
     throttle_percent: int = 0,
+    held_back: bool = False,
 ) -> float | None:
     """Return how long the blackout would be now; None before anything was measured.
 
-    `link`: what moves there reach without a limit: a limit to the bandwidth does not hold in the blackout.
+    `link`: what moves there reach without a limit: a limit to the bandwidth does not hold in the blackout. Nor does
+    what this move is held back for others (core/lead.py): then its own fastest pass counts, too.
     `throttle_percent`: how far the guest is slowed down.
     """
     rate = memory_bytes_per_s(passes, shrinks)
     if rate is None:
         return None
-    if rule.bandwidth_bytes_per_s and link_bytes_per_s:
+    if (rule.bandwidth_bytes_per_s or held_back) and link_bytes_per_s:
         rate = max(rate, link_bytes_per_s * shrinks)
+    if held_back:
+        rate = max(rate, *(one.bytes_per_second * shrinks for one in passes if one.seconds >= RATE_OVER_S), 0.0)
     fixed = FIXED_MS if fixed_ms is None else fixed_ms
     return fixed + throttle_sleep_ms(throttle_percent) + remaining_bytes / rate * 1000
 

@@ -146,6 +146,10 @@ class MemoryProgress(Fact, frozen=True, kw_only=True):
     """By a sample of pages taken beside the first pass."""
 
 
+class HeldBack(Fact, frozen=True, kw_only=True):
+    """The move sends little for a moment, because another one over the same network is about to stop its guest."""
+
+
 class PassStarted(Fact, frozen=True, kw_only=True):
     """QEMU's MIGRATION_PASS: pass `number` begins (1 is the full copy), so number - 1 passes are complete.
 

@@ -27,6 +27,8 @@ BLACKOUT_PROGRESS = 0.98
 
 NEAR_S = 2.0
 """The switchover is near: longer than a look at QEMU and a slow disk write take together."""
+IMMINENT_S = 0.5
+"""The switchover is imminent: two looks at QEMU."""
 FAST_BYTES_PER_S = 1.25e9
 """The fastest that the memory may go as long as nobody has measured it ..."""
 FASTER = 4
@@ -133,6 +135,14 @@ def is_near(standing: Standing) -> bool:
         fastest = FASTER * standing.expected_bytes_per_s or FAST_BYTES_PER_S
         return standing.used_bytes / min(fastest, standing.rule.bandwidth_bytes_per_s or fastest) <= NEAR_S / 2
     return seen.seconds_likely - CLEANUP_S - standing.blackout_fixed_s <= NEAR_S
+
+
+def is_imminent(standing: Standing) -> bool:
+    """Return whether the guest is likely to be stopped within IMMINENT_S, as far as its rate is known."""
+    seen = estimate(standing)
+    if seen is None or throughput_bytes_per_s(standing) is None:
+        return False
+    return seen.seconds_likely - CLEANUP_S - seen.blackout_ms / 1000 <= IMMINENT_S
 
 
 class _Play(Struct, frozen=True, kw_only=True):

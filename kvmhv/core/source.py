@@ -132,6 +132,7 @@ ON_FACT: dict[tuple[SourceStep, type], Handler] = {
     (S.STORAGE, facts.MirrorsReady): source_setup.mirrors_ready,
     (S.MEMORY, facts.PassStarted): source_setup.pass_started,
     (S.MEMORY, facts.PreSwitchover): source_switchover.converged,
+    (S.MEMORY, facts.HeldBack): source_setup.held_back,
     (S.STOPPING, facts.GuestStopped): source_switchover.guest_stopped,
     (S.STOPPING, facts.PreSwitchover): source_switchover.pre_switchover,
     (S.STOPPING, facts.MirrorsFinished): source_switchover.mirrors_finished,

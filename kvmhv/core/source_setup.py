@@ -161,6 +161,11 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
     return after, []
 
 
+def held_back(state: SourceState, fact: facts.Fact) -> Result:
+    """Another move has the network for a moment: this one's passes do not say what the blackout's memory will take."""
+    return update(state, held_back=True), []
+
+
 def pass_started(state: SourceState, fact: facts.Fact) -> Result:
     """Keep the pass that is complete, and pull the lever if the rule says so and the blackout keeps to its limit."""
     assert isinstance(fact, facts.PassStarted)
@@ -200,6 +205,7 @@ def _predicted_ms(state: SourceState, remaining_bytes: int) -> float | None:
         shrinks=state.planned().channels.ratio,
         link_bytes_per_s=state.link_bytes_per_s,
         throttle_percent=state.throttle_percent,
+        held_back=state.held_back,
     )
 
 

@@ -112,6 +112,8 @@ class SourceState(Struct, frozen=True, kw_only=True):
     progress_ms: float | None = None
     """When it was noted."""
 
+    held_back: bool = False
+    """It made room for another move: it is faster than its passes say."""
     throttled_ms: float | None = None
     """Since when the guest is slowed down."""
     throttle_percent: int = 0

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from kvmhv.core.lead import HELD_BYTES_PER_S
+from kvmhv.drivers.qemu.memory import UNLIMITED_BYTES_PER_S
 from tests.real.moving import MIB, Pair, Report, Side, until
 
 pytestmark = pytest.mark.real
@@ -75,6 +77,26 @@ def test_the_host_setting_decides_where_nothing_is_asked(pair: Pair) -> None:
         assert pair.moved(pair.a, pair.b)["request"]["performance"] == "compression"
     assert pair.moved(pair.b, pair.a)["request"]["performance"] == "tcpip"
     pair.works(pair.a)
+
+
+def test_of_two_moves_the_one_that_ends_first_has_the_network_and_both_are_right(pair: Pair) -> None:
+    """The larger one, on its way meanwhile, is held back while the guest of the smaller one is about to be stopped."""
+    pair.a.kvmhv("vm", "create", "web02", "--memory", "32M", "--start")
+    pair.boot(working_set_bytes=64 * MIB, rate_bytes_per_s=6 * MIB, memory="96M")
+    with ExitStack() as slow:
+        for side in pair.sides:
+            slow.enter_context(side.slow_network("100mbit"))
+            slow.enter_context(side.settings(moves_out="2", moves_in="2"))
+        large = pair.a.begin(pair.b)
+        pair.a.reaches(large, "memory")
+        small = pair.a.begin(pair.b, vm="web02")
+        assert [pair.a.wait(move).json["outcome"] for move in (small, large)] == ["done", "done"]
+    told = pair.a.file(f"/run/kvmhv/ended/{pair.vm_id}/qmp.log").read_text()
+    held, freed = f'"max-bandwidth":{HELD_BYTES_PER_S}', f'"max-bandwidth":{UNLIMITED_BYTES_PER_S}'
+    assert held in told
+    assert freed in told.rpartition(held)[2]
+    pair.remember(pair.a)
+    pair.works(pair.b)
 
 
 def test_a_move_takes_all_networks_at_once_and_leaves_nothing_of_that(pair: Pair) -> None:

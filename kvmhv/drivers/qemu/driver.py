@@ -7,19 +7,7 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import (
-    answers,
-    argv,
-    blocks,
-    direct,
-    exports,
-    keys,
-    memory,
-    page_sample,
-    probe,
-    process,
-    rundir,
-)
+from kvmhv.drivers.qemu import answers, argv, blocks, direct, exports, keys, memory, page_sample, probe, process, rundir
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node
@@ -235,6 +223,7 @@ class Qemu(StorageMoves):
         instance.remember_peer(plan.target_address, address)
         touched = await asyncio.to_thread(process.guest_memory_bytes, instance.process.pid, vm.memory_bytes)
         await memory.begin(instance.qmp, plan, address.memory_port, instance.cut, touched)
+        instance.may_send_bytes_per_s = plan.rule.bandwidth_bytes_per_s or memory.UNLIMITED_BYTES_PER_S
         instance.process.keep_queues_short(plan.target_address, (address.memory_port,))
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
@@ -244,6 +233,10 @@ class Qemu(StorageMoves):
         sampled = await instance.dirty_sample.read(instance.qmp)
         return msgspec.structs.replace(stats, sampled_dirty_bytes_per_s=sampled)
 
+    async def hold(self, vm_id: str, bytes_per_s: int | None) -> bool:
+        """Send memory no faster than this, or as the plan says again; False where no running guest is sent."""
+        return await (await self._instance(vm_id)).hold(bytes_per_s)
+
     async def throttle(self, vm_id: str, max_percent: int) -> None:
         """Let QEMU slow the guest's CPUs down, so far at most, more with each pass, until the migration ends."""
         await memory.throttle((await self._instance(vm_id)).qmp, max_percent)
@@ -251,7 +244,7 @@ class Qemu(StorageMoves):
     async def stop_guest(self, vm_id: str) -> None:
         """Lift the bandwidth cap, then `stop`."""
         instance = await self._instance(vm_id)
-        instance.dirty_sample.end()
+        instance.guest_stops()
         async with instance.bounded("stop the guest", self._config.limits.switchover_command_s):
             await memory.stop(instance.qmp)
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
-from kvmhv.drivers.qemu import answers, blocks, exports, keys
+from kvmhv.drivers.qemu import answers, blocks, exports, keys, memory
 from kvmhv.drivers.qemu.argv import qmp_chardev
 from kvmhv.drivers.qemu.dirty_rate import FineSample
 from kvmhv.drivers.qemu.process import Process
@@ -58,6 +58,8 @@ class Instance:
         self.process = found
         self.mirrors = blocks.Mirrors()
         self.dirty_sample = FineSample()
+        self.may_send_bytes_per_s: int | None = None
+        """While the guest runs and its memory is sent: how fast that may go by the plan."""
         self.name = _argument(argv, "-name").removeprefix("guest=").split(",")[0] or directory.vm_id
         self.accel = Accel.KVM if f"accel={Accel.KVM}" in _argument(argv, "-machine") else Accel.TCG
         self._now_ms = now_ms
@@ -168,8 +170,22 @@ class Instance:
             count = self.process.cut(peer.ip, peer.ports)
             log.warning("%s: QEMU hangs in the move; cut %d connections to %s", self.name, count, peer.ip)
 
+    async def hold(self, bytes_per_s: int | None) -> bool:
+        """Send memory no faster than this, or as the plan says again; False where no running guest is sent."""
+        planned = self.may_send_bytes_per_s
+        if planned is None:
+            return False
+        await memory.limit(self.qmp, planned if bytes_per_s is None else min(planned, bytes_per_s))
+        return True
+
+    def guest_stops(self) -> None:
+        """What belongs to a running guest that is sent ends before it is told to stop: no limit may come after that."""
+        self.dirty_sample.end()
+        self.may_send_bytes_per_s = None
+
     def forget_peer(self) -> None:
         """The move has ended."""
+        self.may_send_bytes_per_s = None
         self.directory.peer.unlink(missing_ok=True)
 
     async def close(self) -> None:

@@ -164,6 +164,11 @@ def throttle_parameters(plan: Plan) -> dict[str, object]:
     }
 
 
+async def limit(qmp: Qmp, bytes_per_s: int) -> None:
+    """Source: send no faster than this from now on."""
+    await qmp.execute("migrate-set-parameters", {"max-bandwidth": bytes_per_s})
+
+
 async def throttle(qmp: Qmp, max_percent: int) -> None:
     """Source: let QEMU slow the guest's CPUs down, by a step more after every other pass, to so much at most."""
     await qmp.execute(
