@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from kvmhv.model import (
+    DEVICES_MAX,
     ClockMs,
     Epoch,
     ErrorBody,
@@ -20,6 +21,7 @@ from kvmhv.model import (
     MoveReport,
     MoveRequest,
     Plan,
+    Sha256,
     Struct,
     Vm,
     Whereabouts,
@@ -57,6 +59,8 @@ class Enquire(Message, frozen=True, kw_only=True):
     vm: Vm
     request: MoveRequest
     nonces: tuple[Nonce, ...] = ()
+    bases: Annotated[tuple[Sha256, ...], Meta(max_length=DEVICES_MAX)] = ()
+    """Contents of its disks' lowest layers: does the target have them?"""
 
 
 class Answer(Message, frozen=True, kw_only=True):

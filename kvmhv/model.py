@@ -342,6 +342,8 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """Its kernel can spread one connection over several networks."""
     not_shared: dict[str, str] = {}
     """Source only: locations that may be shared by their kind, and why the proof failed."""
+    bases: tuple[Sha256, ...] = ()
+    """Target only: which of the VM's bases it has."""
     runtimes: dict[str, RuntimeInfo] = {}
     """Other programs that run VMs here and answer, by name."""
 
@@ -358,6 +360,8 @@ class VmFacts(Struct, frozen=True, kw_only=True):
     """`blocked-reasons` of query-migrate: devices that cannot migrate."""
     disk_used_bytes: dict[str, int]
     """Allocated bytes per disk name."""
+    bases: "dict[str, Base]" = {}
+    """Lowest layers whose contents are known, by disk."""
     compression: "tuple[PageSample, ...]" = ()
     """How its memory shrinks; measured for a move that may compress."""
 
@@ -514,6 +518,16 @@ class StorageMoveRequest(Struct, frozen=True, kw_only=True, forbid_unknown_field
     bandwidth_bytes_per_s: Bytes | None = None
 
 
+class Base(Struct, frozen=True, kw_only=True):
+    """The lowest layer of a disk, by what a guest reads of it: two with the same digest hold the same."""
+
+    sha256: Sha256
+    data_bytes: Bytes
+    """What would have to be sent of it: blocks that are not all zeros."""
+    stored_bytes: Bytes
+    """What its file takes at the source."""
+
+
 class DiskCopy(Struct, frozen=True, kw_only=True):
     """How one disk travels: its backing layers are copied as they are, its top is mirrored while it is written."""
 
@@ -522,6 +536,13 @@ class DiskCopy(Struct, frozen=True, kw_only=True):
     used_bytes: Bytes
     source_layers: tuple[Layer, ...]
     target_layers: tuple[Layer, ...]
+    base: Base | None = None
+    """Set if the target has the contents of the lowest layer: it makes that one by itself."""
+
+    @property
+    def travelling_bytes(self) -> int:
+        """What of the used bytes goes to the target."""
+        return max(0, self.used_bytes - (self.base.stored_bytes if self.base else 0))
 
 
 class DiskSent(Struct, frozen=True, kw_only=True):
@@ -541,6 +562,8 @@ class DiskSaving(Struct, frozen=True, kw_only=True):
     """What was: data, what the guest wrote meanwhile, TLS. None if that cannot be told (over several networks)."""
     unallocated_bytes: int
     """Never stored at the source, or given back by a discard."""
+    base_bytes: int
+    """Data of its base, which the target had already."""
     zero_bytes: int | None
     """Stored at the source and not sent: written zeros, and an image's own tables."""
 

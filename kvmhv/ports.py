@@ -164,6 +164,10 @@ class Hypervisor(Protocol):
         """UNIX socket of the VM's serial console."""
         ...
 
+    def has_open(self, vm_id: str, file: Path) -> bool:
+        """Whether the VM's process has this very file open: its name may have gone over to another one."""
+        ...
+
     async def facts(self, vm: Vm, *, dirty_rate: bool, pages: bool) -> VmFacts:
         """Read what the check of a move needs from the running QEMU.
 

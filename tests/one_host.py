@@ -1,14 +1,17 @@
 """One host in memory: doubles of the ports for the tests of its VMs, over the real database."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from kvmhv.agent.bases import Bases
 from kvmhv.agent.images import Images
 from kvmhv.agent.vms import Vms
 from kvmhv.config import Config, from_data
 from kvmhv.drivers.database import Database
+from kvmhv.drivers.storage.contents import Contents
 from kvmhv.drivers.storage.qemu_img import ImageFile
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import (
@@ -207,6 +210,13 @@ class MemoryDisks:
     async def copy_file(self, image: ImageFile, layer: Layer, backing: Layer | None) -> None:
         self._new(layer, image.size_bytes, backing, "copy")
 
+    async def mark(self, layer: Layer) -> str | None:
+        found = self.files.get(f"{layer.location}/{layer.path}")
+        return None if found is None else str(found)
+
+    async def contents(self, layer: Layer, size_bytes: int, *, pace_bytes_per_s: int = 0) -> Contents:
+        return Contents(hashlib.sha256(layer.path.encode()).hexdigest(), size_bytes)
+
     def _new(self, layer: Layer, size_bytes: int, backing: Layer | None, call: str) -> None:
         key = f"{layer.location}/{layer.path}"
         if key in self.files:
@@ -231,7 +241,10 @@ class World:
         """Start an agent; the one before it is gone, and hears nothing any more."""
         self.hypervisor._sinks.clear()
         self.images = Images(self.config, self.records, self.disks)
-        self.vms = Vms(self.config, self.records, self.hypervisor, self.disks, self.network, self.images)
+        self.bases = Bases(self.records, self.disks, self.images.disk_layers)
+        self.vms = Vms(
+            self.config, self.records, self.hypervisor, self.disks, self.network, self.images, None, self.bases
+        )
 
     async def settled(self) -> None:
         """Let the agent's background tasks end."""

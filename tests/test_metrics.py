@@ -143,7 +143,7 @@ def test_a_move_that_needs_the_operator_keeps_its_slot_and_says_so() -> None:
 
 def test_figures_are_counted_by_the_source_and_the_gap_by_the_target() -> None:
     finding = Finding(id="switch-missing", severity=Severity.WARNING, object="nic0", host="h", text="t", todo="d")
-    saving = DiskSaving(disk="disk0", size_bytes=9, sent_bytes=1, unallocated_bytes=5, zero_bytes=3)
+    saving = DiskSaving(disk="disk0", size_bytes=9, sent_bytes=1, base_bytes=2, unallocated_bytes=5, zero_bytes=3)
     report = msgspec.structs.replace(
         DONE, disk_bytes=7, findings=(finding,), network_gap_ms=250.0, savings=(saving, saving)
     )
@@ -154,6 +154,7 @@ def test_figures_are_counted_by_the_source_and_the_gap_by_the_target() -> None:
     assert out["kvmhv_migration_bytes_total kind=memory"] == 9
     assert out["kvmhv_migration_bytes_total kind=disk"] == 7
     assert out["kvmhv_migration_saved_bytes_total reason=unallocated"] == 10
+    assert out["kvmhv_migration_saved_bytes_total reason=base"] == 4
     assert out["kvmhv_migration_saved_bytes_total reason=zeros"] == 6
     assert into["kvmhv_migration_saved_bytes_total reason=zeros"] == 0
     assert out["kvmhv_migration_switchovers_total reason=pass-limit"] == 1

@@ -96,7 +96,11 @@ async def test_a_process_tells_what_its_connections_have_sent() -> None:
 
 def test_page_and_terminal_show_it() -> None:
     told = report(
-        savings=(DiskSaving(disk="disk0", size_bytes=GIB, sent_bytes=None, unallocated_bytes=3, zero_bytes=None),)
+        savings=(
+            DiskSaving(
+                disk="disk0", size_bytes=GIB, sent_bytes=None, base_bytes=0, unallocated_bytes=3, zero_bytes=None
+            ),
+        )
     )
     page = move_html.page(told)
     assert "What was sent of the disks" in page

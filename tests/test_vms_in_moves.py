@@ -89,7 +89,7 @@ async def test_a_vm_arrives(world: World) -> None:
     world.vms.claim(vm.name, "move1", vm)
     assert await world.state() is VmState.INCOMING
     for _ in range(2):
-        await world.vms.make_disks(vm, {"disk0"})
+        await world.vms.disks.make_empty(vm, {"disk0"})
     assert world.disks.files == {
         "fast/shared.qcow2": (GIB, None),
         "default/web01/disk0.base1.qcow2": (GIB, None),
@@ -114,7 +114,7 @@ async def test_a_vm_arrives(world: World) -> None:
 async def test_an_arrival_is_undone_also_by_the_next_agent(world: World) -> None:
     vm = arriving()
     world.disks.files["fast/shared.qcow2"] = (GIB, None)
-    await world.vms.make_disks(vm, {"disk0"})
+    await world.vms.disks.make_empty(vm, {"disk0"})
     world.agent()
     await world.vms.recover()
     assert "default/web01/disk0.qcow2" in world.disks.files  # the move's recovery decides
@@ -128,12 +128,12 @@ async def test_an_arrival_that_could_not_be_undone_is_undone_by_the_next_agent(w
     """Nor does the VM's next arrival take those images, which are not empty, for its own."""
     vm = arriving()
     world.disks.files["fast/shared.qcow2"] = (GIB, None)
-    await world.vms.make_disks(vm, {"disk0"})
+    await world.vms.disks.make_empty(vm, {"disk0"})
     world.faults.failing["remove_disk"] = 0
     with pytest.raises(HostError, match="remove_disk does not work"):
         await world.vms.remove_disks(vm)
     with pytest.raises(HostError, match="remove_disk does not work"):
-        await world.vms.make_disks(vm, {"disk0"})
+        await world.vms.disks.make_empty(vm, {"disk0"})
     del world.faults.failing["remove_disk"]
     world.agent()
     await world.vms.recover()
@@ -145,7 +145,7 @@ async def test_an_arrival_over_another_ones_file_leaves_that_file(world: World) 
     world.disks.files["default/web01/disk0.qcow2"] = (5, None)
     for _ in range(2):
         with pytest.raises(HostError) as failed:
-            await world.vms.make_disks(vm, {"disk0"})
+            await world.vms.disks.make_empty(vm, {"disk0"})
         assert failed.value.code == "file-exists"
         await world.vms.remove_disks(vm)
     assert world.left() == {**NOTHING, "files": ["default/web01/disk0.qcow2"]}

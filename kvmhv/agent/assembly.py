@@ -13,6 +13,7 @@ from kvmhv.agent.api.listener import Listener
 from kvmhv.agent.api.other_hosts import OtherHosts
 from kvmhv.agent.api.services import Services
 from kvmhv.agent.api.trusting import Trusting
+from kvmhv.agent.bases import Bases
 from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.doctor import Doctor
 from kvmhv.agent.events import Events
@@ -67,11 +68,12 @@ class Agent:
         self._database, self._metrics, self._qemu = ground.database, ground.metrics, ground.qemu
         peer, trust, disks = ground.trusting.peer, ground.trusting.trust, ground.disks
         self._locations = Locations(config, ground.host_id, ground.database, disks, ground.log_of_events.add)
-        images = Images(config, ground.database, disks)
+        self._bases = Bases(ground.database, disks, lambda: (*images.disk_layers(), *self._vms.bases()))
+        images = Images(config, ground.database, disks, self._bases.look_soon)
         self._runtime = ground.runtime
         self._owners = Owners(config.name, ground.host_id, disks)
         self._sharing = Sharing(disks, ground.database)
-        self._vms = Vms(config, ground.database, ground.qemu, disks, ground.network, images, self._owners)
+        self._vms = Vms(config, ground.database, ground.qemu, disks, ground.network, images, self._owners, self._bases)
         self._host_vms = HostVms(config, self._vms, ground.runtime, disks)
         journal = TimedJournal(ground.database, ground.metrics.journal_written)
         self._ways = ground.ways
@@ -99,7 +101,7 @@ class Agent:
             peer=peer,
             journal=journal,
             clock=ground.clock,
-            inventories=_inventories(config, ground, self._host_vms),
+            inventories=_inventories(config, ground, self._host_vms, self._bases),
             sharing=self._sharing,
             owners=self._owners,
             open_moves=self._open_moves,
@@ -191,6 +193,7 @@ class Agent:
             self._io_watch.watch(),
             self._queue.keep(),
             self._probe(),
+            self._bases.keep(),
             self._runtime.keep(),
         )
         self._tasks = [asyncio.create_task(one) for one in work]
@@ -240,9 +243,9 @@ class _Ground:
     ways: MptcpWays
 
 
-def _inventories(config: Config, ground: _Ground, vms: HostVms) -> Inventories:
+def _inventories(config: Config, ground: _Ground, vms: HostVms, bases: Bases) -> Inventories:
     network = ground.network, ground.ways
-    return Inventories(config, ground.host_id, ground.settings, vms, ground.qemu, ground.disks, *network)
+    return Inventories(config, ground.host_id, ground.settings, vms, ground.qemu, ground.disks, *network, bases)
 
 
 def _queue(config: Config, ground: _Ground, journal: Journal, open_moves: OpenMoves) -> MoveQueue:

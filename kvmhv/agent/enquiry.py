@@ -10,7 +10,7 @@ from kvmhv.agent.inventory import Inventories
 from kvmhv.agent.link import CONNECT_S, Link
 from kvmhv.agent.sharing import Sharing
 from kvmhv.config import Config
-from kvmhv.core import performance
+from kvmhv.core import performance, savings
 from kvmhv.errors import CallerError, KvmhvError, MoveFailed, PeerUnreachable, Refused
 from kvmhv.messages import Answer, AnyMessage, Enquire, Proof
 from kvmhv.model import Inventory, MoveRequest, Refusal, Vm
@@ -49,7 +49,7 @@ class Enquiry:
         """Ask the target for its inventory, and prove what both hosts see (agent/sharing.py)."""
         challenge = await self._sharing.challenge(vm)
         proofs: tuple[Proof, ...] = ()
-        question = Enquire(vm=vm, request=_only_asking(request), nonces=challenge.nonces)
+        question = Enquire(vm=vm, request=_only_asking(request), nonces=challenge.nonces, bases=savings.bases(here))
         try:
             answer = await self._ask(vm, question, str(uuid.uuid4()))
             proofs = answer.proofs

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -45,7 +45,11 @@ class DescribesChains(Disks, Protocol):
 class Images:
     """The images of this host."""
 
-    def __init__(self, config: Config, records: Records, disks: DescribesChains) -> None:
+    def __init__(
+        self, config: Config, records: Records, disks: DescribesChains, on_disk: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_disk` is called when a disk has come or gone."""
+        self._on_disk = on_disk
         self._directory = config.state_path / "images"
         self._records = records
         self._vms = VmRecords(records)
@@ -104,6 +108,7 @@ class Images:
             self._records.put(KIND, name, msgspec.json.encode(image))
             if part == "disk":
                 await self._remove_disk_files(name, but=image.disk_format)
+                self._on_disk()
         except ConnectionError:  # the uploader's, not ours
             raise
         except OSError as error:
@@ -121,6 +126,16 @@ class Images:
         self._records.delete(KIND, name)
         await self._remove_disk_files(name)
         await asyncio.to_thread(shutil.rmtree, self._directory / name, ignore_errors=True)
+        self._on_disk()
+
+    def disk_layers(self) -> tuple[tuple[Layer, int], ...]:
+        """Return the disk of each image that has one, with its virtual size."""
+        images = (msgspec.json.decode(value, type=Image) for _, value in self._records.all(KIND))
+        return tuple(
+            (self._layer(image.name, image.disk_format), image.disk_virtual_bytes)
+            for image in images
+            if image.disk_format is not None and image.disk_virtual_bytes is not None
+        )
 
     def disk(self, name: str) -> ImageFile:
         """Return the file of an image's disk. Raises CallerError `image-unknown`, `image-part-missing`."""

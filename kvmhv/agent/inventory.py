@@ -1,13 +1,18 @@
 """This host's inventory for the check of one VM's move, made fresh for each question."""
 
+from functools import partial
+
+import msgspec
+
 from kvmhv import __version__
+from kvmhv.agent.bases import Bases
 from kvmhv.agent.host_vms import HostVms
 from kvmhv.agent.settings import Settings
 from kvmhv.config import Config, parse_networks
 from kvmhv.core import addresses
 from kvmhv.drivers import host
 from kvmhv.errors import HostError
-from kvmhv.model import Address, Inventory, Location, Refusal, Vm, VmFacts
+from kvmhv.model import Address, Inventory, Location, Refusal, Sha256, Vm, VmFacts
 from kvmhv.ports import Disks, Hypervisor, MigrationWays, Network
 
 
@@ -24,6 +29,7 @@ class Inventories:
         disks: Disks,
         network: Network,
         ways: MigrationWays,
+        bases: Bases,
     ) -> None:
         self._config = config
         self._host_id = host_id
@@ -33,6 +39,7 @@ class Inventories:
         self._disks = disks
         self._network = network
         self._ways = ways
+        self._bases = bases
 
     async def make(
         self,
@@ -44,11 +51,13 @@ class Inventories:
         pages: bool = False,
         arriving: Vm | None = None,
         with_storage: bool = False,
+        bases: tuple[Sha256, ...] = (),
     ) -> Inventory:
         """Return the inventory; `promised_bytes` of memory belong to VMs that are arriving, `running` is to leave.
 
         `dirty_rate`: wait until that of `running` is sampled; `pages`: see how far its memory shrinks. `arriving`: the
         VM of another program that is to come, `with_storage` with copies of its disks that are not shared here.
+        `bases`: contents of the disks of a VM that is to come.
         """
         facts: VmFacts | None = None
         locations = await self._disks.locations()
@@ -58,6 +67,8 @@ class Inventories:
             facts = await self._runtime.facts(running)
         elif running is not None:
             facts = await self._hypervisor.facts(running, dirty_rate=dirty_rate, pages=pages)
+            known = await self._bases.of(running, partial(self._hypervisor.has_open, running.id))
+            facts = msgspec.structs.replace(facts, bases=known)
         copied = _not_shared(arriving, locations) if arriving is not None and with_storage else ()
         other = await self._runtime.info(arriving, copied)
         taken = self._vms.records.taken()
@@ -78,6 +89,7 @@ class Inventories:
             mptcp=await self._ways.possible(),
             refusal=refusal,
             facts_of_vm=facts,
+            bases=await self._bases.there(bases),
             runtimes={self._runtime.name: other} if other is not None else {},
         )
 

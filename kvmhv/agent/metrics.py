@@ -162,7 +162,7 @@ class _Figures:
         self._findings = counter("_findings", "Findings of the checks of moves.", "id")
         for kind in ("memory", "disk", "wire"):
             self._bytes.labels(kind)
-        for why in ("unallocated", "zeros"):
+        for why in ("base", "unallocated", "zeros"):
             self._saved.labels(why)
 
     def count(self, report: MoveReport) -> None:
@@ -175,6 +175,7 @@ class _Figures:
         self._bytes.labels("disk").inc(report.disk_bytes)
         self._bytes.labels("wire").inc(report.wire_bytes or 0)
         for saving in report.savings:
+            self._saved.labels("base").inc(saving.base_bytes)
             self._saved.labels("unallocated").inc(saving.unallocated_bytes)
             self._saved.labels("zeros").inc(saving.zero_bytes or 0)
         for finding in report.findings:

@@ -333,6 +333,7 @@ class Moves:
             refusal=refusal,
             arriving=message.vm if message.vm.runtime else None,
             with_storage=message.request.include_storage,
+            bases=message.bases,
         )
         return Answer(inventory=inventory, proofs=tuple(written))
 

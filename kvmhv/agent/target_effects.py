@@ -68,7 +68,8 @@ class TargetMachine:
     async def _prepare(self, effect: Prepare) -> facts.Fact:
         arriving = tuple(copy.disk for copy in effect.plan.disk_copies)
         await self._vms.disks.expect(self._vm, self._source, arriving)
-        await self._vms.make_disks(self._vm, arriving)
+        bases = {copy.disk: copy.base for copy in effect.plan.disk_copies if copy.base is not None}
+        await self._vms.disks.make_empty(self._vm, arriving, bases)
         taps = await self._vms.ensure_taps(self._vm)
         await self._gap.open(taps)
         if effect.plan.more_networks:

@@ -4,7 +4,7 @@ A layer is the VM's own if it is the top of a disk or lies in the VM's directory
 those are deleted with the VM. Backing files elsewhere may be shared and stay.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -12,13 +12,14 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from kvmhv.agent.bases import Bases
 from kvmhv.agent.images import Images
 from kvmhv.agent.owners import Owners
 from kvmhv.agent.vm_records import VmRecords
 from kvmhv.core.vm_spec import belongs_to_vm, check_disk_size, layer_path
 from kvmhv.drivers.storage.qemu_img import CHAIN_MAX, ImageFile
 from kvmhv.errors import CallerError, KvmhvError
-from kvmhv.model import Disk, DiskFormat, DiskSpec, Epoch, Layer, Struct, Vm, VmSpec
+from kvmhv.model import Base, Disk, DiskFormat, DiskSpec, Epoch, Layer, Struct, Vm, VmSpec
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Disks, Records
 
@@ -28,6 +29,8 @@ KIND = "disks-made"
 DEFAULT_LOCATION = "default"
 OF_OTHERS = ("file-exists", "disk-owned", "owner-unreadable")
 """What the making of an image says when something of somebody else's is there."""
+
+NO_BASES: Mapping[str, Base] = {}
 
 Making = Callable[[], Awaitable[None]]
 
@@ -72,8 +75,11 @@ class Ledger(Struct, frozen=True, kw_only=True):
 class VmDisks:
     """The disks of this host's VMs."""
 
-    def __init__(self, records: Records, disks: ImageDisks, images: Images, owners: Owners | None) -> None:
+    def __init__(
+        self, records: Records, disks: ImageDisks, images: Images, owners: Owners | None, bases: Bases
+    ) -> None:
         """`owners`: keeps who runs VMs whose disks other hosts see; None where no disk is such a one."""
+        self._bases = bases
         self._owners = owners
         self._records = records
         self._vms = VmRecords(records)
@@ -92,16 +98,19 @@ class VmDisks:
             made.append(await self._make_disk(vm_id, spec.name, f"disk{index}", disk))
         return tuple(made)
 
-    async def make_empty(self, vm: Vm, names: Collection[str] | None) -> None:
+    async def make_empty(self, vm: Vm, names: Collection[str] | None, bases: Mapping[str, Base] = NO_BASES) -> None:
         """Make every layer of these disks (None: of all) of a VM that will arrive: empty, of its exact size.
 
-        All or nothing, and only once. Raises what Disks.create raises, above all HostError `file-exists`.
+        `bases`: disks whose lowest layer is copied from what is here. All or nothing, and only once. Raises what
+        Disks.create raises, above all HostError `file-exists`, and what Bases.copy raises.
         """
         ledger = self._read(vm.id)
         if ledger is None or not ledger.complete:
-            await self.make_images(vm.id, vm, names)
+            await self.make_images(vm.id, vm, names, bases)
 
-    async def make_images(self, key: str, vm: Vm, names: Collection[str] | None) -> None:
+    async def make_images(
+        self, key: str, vm: Vm, names: Collection[str] | None, bases: Mapping[str, Base] = NO_BASES
+    ) -> None:
         """Make every layer of these disks; `key` names what was made, for undo() and keep().
 
         All or nothing. Raises as make_empty().
@@ -114,7 +123,9 @@ class VmDisks:
                 for layer in reversed(disk.layers):
                     size_bytes = layer.size_bytes or disk.size_bytes
                     making = partial(self._disks.create, layer, size_bytes, backing)
-                    if self._disks.has_luns(layer.location):
+                    if backing is None and disk.name in bases:
+                        making = partial(self._bases.copy, bases[disk.name].sha256, layer, size_bytes)
+                    elif self._disks.has_luns(layer.location):
                         making = partial(self._take_lun, layer, vm.id, vm.name, vm.epoch, making)
                     await self._make(key, layer, making)
                     backing = layer
@@ -143,6 +154,7 @@ class VmDisks:
             for depth, layer in enumerate(disk.layers):
                 if belongs_to_vm(vm.name, depth, layer) and (layer.location, layer.path) not in others:
                     await self._disks.remove(layer)
+        self._bases.look_soon()
 
     def redefine(self, vm: Vm) -> None:
         """Let a VM's record say where its disks are now, on disk when it returns. Raises CallerError `vm-unknown`."""
@@ -176,6 +188,7 @@ class VmDisks:
     def keep(self, vm_id: str) -> None:
         """The VM is defined now: its files are its own."""
         self._records.delete(KIND, vm_id)
+        self._bases.look_soon()
 
     async def recover(self) -> tuple[str, ...]:
         """Undo the creates, and end the undoings, that an agent's end cut short; returns the ids of those VMs.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from kvmhv.agent.bases import Bases
 from kvmhv.agent.images import Images
 from kvmhv.agent.owners import Owners
 from kvmhv.agent.vm_claims import Claims
@@ -26,7 +27,7 @@ from kvmhv.config import Config
 from kvmhv.core import vm_spec
 from kvmhv.drivers.host import boot_id, cpu_count
 from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
-from kvmhv.model import DirectKernel, Vm, VmDetails, VmSpec, VmState, VmSummary
+from kvmhv.model import DirectKernel, Layer, Vm, VmDetails, VmSpec, VmState, VmSummary
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Hypervisor, Network, Records, RunState
 
@@ -44,13 +45,14 @@ class Vms:
         disks: ImageDisks,
         network: Network,
         images: Images,
-        owners: Owners | None = None,
+        owners: Owners | None,
+        bases: Bases,
     ) -> None:
         self._config = config
         self._records = self.records = VmRecords(records)
         self._hypervisor = hypervisor
         self._locations = disks
-        self._disks = self.disks = VmDisks(records, disks, images, owners)
+        self._disks = self.disks = VmDisks(records, disks, images, owners, bases)
         self._network = network
         self._images = images
         self._claims = self.claims = Claims()
@@ -242,6 +244,11 @@ class Vms:
         """Every VM that is defined here."""
         return tuple(record.vm for record in self._records.all())
 
+    def bases(self) -> tuple[tuple[Layer, int], ...]:
+        """Return the lowest layer of each disk that has backing files, with its virtual size."""
+        disks = (disk for vm in self.defined() for disk in vm.disks if len(disk.layers) > 1)
+        return tuple((disk.layers[-1], disk.layers[-1].size_bytes or disk.size_bytes) for disk in disks)
+
     def disk_paths(self, vm: Vm) -> dict[str, tuple[DiskPlace, ...]]:
         """Where each disk's layers are, top first. Raises CallerError `location-unknown` or `path-invalid`."""
         return self._disks.places(vm)
@@ -265,15 +272,8 @@ class Vms:
         directory = self.kernel_directory(vm.id)
         return directory / "kernel", directory / "initrd" if vm.kernel.initrd_sha256 else None
 
-    async def make_disks(self, vm: Vm, names: Collection[str] | None = None) -> None:
-        """Make the empty layers of these disks (None: of all) of a VM that will arrive; all or nothing.
-
-        Raises HostError `file-exists`, `location-full`; CallerError `location-unknown`.
-        """
-        await self._disks.make_empty(vm, names)
-
     async def remove_disks(self, vm: Vm, names: Collection[str] | None = None) -> None:
-        """Delete what make_disks() made, or, of a defined VM, its own layers of these disks (None: of all)."""
+        """Delete what VmDisks.make_empty made, or, of a defined VM, its own layers of these disks (None: of all)."""
         await self._disks.remove(vm, names)
 
     # ---

@@ -64,8 +64,8 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
     path = f"vms/{segment(request.vm)}/check"
     found = session.agent().call("POST", path, Check, body=request, timeout_s=CHECK_TIMEOUT_S)
     errors = any(finding.severity is Severity.ERROR for finding in found.findings)
-    plan = found.plan if with_plan and not errors else None
-    session.answer(found, lambda: draw_check(request, found.findings, plan))
+    plan = None if errors else found.plan
+    session.answer(found, lambda: draw_check(request, found.findings, plan, with_plan=with_plan))
     if found.refused:
         return Refused.exit_status
     return Incompatible.exit_status if errors else 0

@@ -206,16 +206,16 @@ def _savings(savings: Sequence[DiskSaving]) -> Iterable[str]:
             _text(one.disk),
             *(
                 _text(output.size_text(size))
-                for size in (one.size_bytes, one.sent_bytes, one.unallocated_bytes, one.zero_bytes)
+                for size in (one.size_bytes, one.sent_bytes, one.base_bytes, one.unallocated_bytes, one.zero_bytes)
             ),
         )
         for one in savings
     ]
     if rows:
-        head = ("Disk", "#Size", "#Sent", "#Unallocated", "#Zeros")
+        head = ("Disk", "#Size", "#Sent", "#Base", "#Unallocated", "#Zeros")
         text = (
-            "<p>Sent until both sides had all of it, as TCP counts. What the source had never stored, or given back, "
-            "and written zeros did not have to be.</p>"
+            "<p>Sent until both sides had all of it, as TCP counts. A base that the target had already, what the "
+            "source had never stored, or given back, and written zeros did not have to be.</p>"
         )
         yield _section("What was sent of the disks", text + _table("What was sent of the disks", head, rows))
 

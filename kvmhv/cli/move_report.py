@@ -14,13 +14,19 @@ _VERBS = {
 }
 
 
-def draw_check(request: MoveRequest, findings: Sequence[Finding], plan: Plan | None) -> None:
-    """Print findings, and the plan if there is one."""
+def draw_check(request: MoveRequest, findings: Sequence[Finding], plan: Plan | None, *, with_plan: bool) -> None:
+    """Print findings, what the target has already, and the whole plan if it is wanted and there is one."""
     if findings:
         output.findings(findings)
     else:
         output.say(f"{request.vm} can move to {request.target}: nothing found")
-    if plan is not None:
+    if plan is None:
+        return
+    for copy in plan.disk_copies:
+        if copy.base is not None:
+            less = output.size_text(copy.base.data_bytes)
+            output.say(f"{copy.disk}'s base is on {request.target} already: {less} less to send")
+    if with_plan:
         _draw_plan(request, plan)
 
 
@@ -114,13 +120,14 @@ def _draw_savings(savings: Sequence[DiskSaving]) -> None:
             one.disk,
             output.size_text(one.size_bytes),
             output.size_text(one.sent_bytes),
+            output.size_text(one.base_bytes),
             output.size_text(one.unallocated_bytes),
             output.size_text(one.zero_bytes),
         )
         for one in savings
     ]
     if rows:
-        output.table(("disk", "size", "sent", "not sent: unallocated", "zeros"), rows)
+        output.table(("disk", "size", "sent", "not sent: base", "unallocated", "zeros"), rows)
 
 
 def _interruptions(report: MoveReport) -> list[tuple[str, object]]:

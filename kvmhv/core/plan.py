@@ -4,6 +4,8 @@ import msgspec
 
 from kvmhv.core import addresses, blackout, checks, performance
 from kvmhv.model import (
+    MIB,
+    Base,
     Channels,
     Disk,
     DiskCopy,
@@ -17,6 +19,8 @@ from kvmhv.model import (
     Vm,
 )
 
+BASE_BYTES_PER_S = 32 * MIB
+"""A disk that copies a base no faster than that is a slow one; reading the copy may take as long."""
 ENCRYPT = "tls"
 """Capability: a VM that another program runs travels encrypted."""
 
@@ -56,9 +60,10 @@ def make(
                 used_bytes=used.get(disk.name, 0),
                 source_layers=disk.layers,
                 target_layers=arrived.layers,
+                base=None if vm.runtime else _base(disk, timeouts, source, target),
             )
         )
-    disk_bytes = sum(copy.used_bytes for copy in copies)
+    disk_bytes = sum(copy.travelling_bytes for copy in copies)
     channels = Channels() if vm.runtime else performance.choose(rule.performance, source, target, link_bytes_per_s)
     ours = (*performance.capabilities(channels), *blackout.capabilities(rule))
     capabilities = _of_runtime(vm, source, target) if vm.runtime else (*_capabilities(copies, source, target), *ours)
@@ -78,6 +83,14 @@ def make(
         channels=channels,
         more_networks=() if vm.runtime else performance.more_networks(rule.performance, source, target),
     )
+
+
+def _base(disk: Disk, timeouts: Timeouts, source: Inventory, target: Inventory) -> Base | None:
+    """Return the disk's base if the target has it, and can copy and read it while it makes ready."""
+    base = source.facts_of_vm.bases.get(disk.name) if source.facts_of_vm else None
+    if base is None or base.sha256 not in target.bases or len(disk.layers) < 2:
+        return None
+    return base if base.data_bytes <= timeouts.prepare_s / 2 * BASE_BYTES_PER_S else None
 
 
 def _capabilities(copies: list[DiskCopy], source: Inventory, target: Inventory) -> tuple[str, ...]:

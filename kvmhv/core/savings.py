@@ -1,6 +1,12 @@
 """What a move did not have to send, for its report."""
 
-from kvmhv.model import DiskSaving, DiskSent, Plan
+from kvmhv.model import DiskSaving, DiskSent, Inventory, Plan, Sha256
+
+
+def bases(source: Inventory) -> tuple[Sha256, ...]:
+    """Return what the target is asked for: the contents of the VM's bases, as far as they are known."""
+    known = source.facts_of_vm.bases if source.facts_of_vm else {}
+    return tuple(base.sha256 for base in known.values())
 
 
 def of_disks(plan: Plan | None, sent: tuple[DiskSent, ...]) -> tuple[DiskSaving, ...]:
@@ -19,7 +25,8 @@ def of_disks(plan: Plan | None, sent: tuple[DiskSent, ...]) -> tuple[DiskSaving,
                     size_bytes=copy.size_bytes,
                     sent_bytes=one.sent_bytes,
                     unallocated_bytes=max(0, copy.size_bytes - copy.used_bytes),
-                    zero_bytes=None if one.sent_bytes is None else max(0, copy.used_bytes - one.sent_bytes),
+                    base_bytes=copy.base.data_bytes if copy.base else 0,
+                    zero_bytes=None if one.sent_bytes is None else max(0, copy.travelling_bytes - one.sent_bytes),
                 )
             )
     return tuple(found)

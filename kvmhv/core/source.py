@@ -9,7 +9,7 @@ Before `granted` every failure ends with the VM running here, in the same proces
 only on the target's proof (handover.py). The handlers stand in source_setup.py, source_switchover.py, source_undo.py.
 """
 
-from kvmhv.core import facts, source_setup, source_switchover, source_undo
+from kvmhv.core import facts, savings, source_setup, source_switchover, source_undo
 from kvmhv.core.effects import ClearTimer, Effect, Send, SetTimer
 from kvmhv.core.handover import SourceRight
 from kvmhv.core.source_state import (
@@ -74,7 +74,7 @@ def _connected(state: SourceState, fact: facts.Fact) -> Result:
     effects: list[Effect] = [ClearTimer(name=PEER_TIMER)]
     epoch = state.hold.epoch
     if state.step is SourceStep.ENQUIRING:
-        effects.append(Send(message=Enquire(vm=state.vm, request=state.request)))
+        effects.append(Send(message=Enquire(vm=state.vm, request=state.request, bases=savings.bases(state.inventory))))
     elif state.step is SourceStep.OFFERING:
         effects.append(Send(message=FilesSent() if state.files_sent else state.offer()))
     elif state.step in BEFORE_PROOF and state.mirrors_finished:

@@ -317,7 +317,7 @@ def standing_of(state: SourceState, now_ms: float) -> progress.Standing:
     """Return what the estimate is made from."""
     facts_of_vm, begun = state.inventory.facts_of_vm, state.pass_begun
     dirty_before = (facts_of_vm.dirty_bytes_per_s or 0.0) if facts_of_vm else 0.0
-    planned_bytes = sum(copy.used_bytes for copy in state.plan.disk_copies) if state.plan else 0
+    planned_bytes = sum(copy.travelling_bytes for copy in state.plan.disk_copies) if state.plan else 0
     phase_ms = state.marks[-1].at_ms if state.marks else now_ms
     return progress.Standing(
         phase=state.phase if state.switchover is None else Phase.STATE,

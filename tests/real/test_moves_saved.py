@@ -1,8 +1,11 @@
 """What need not be sent is not sent, the report says so, and the disks are the same at the target."""
 
+import json
+from typing import Any
+
 import pytest
 
-from tests.real.moving import MIB, Pair, Side
+from tests.real.moving import MIB, Pair, Report, Side, until
 
 pytestmark = pytest.mark.real
 
@@ -51,3 +54,120 @@ def test_zeros_and_what_is_not_stored_stay_at_the_source(pair: Pair) -> None:
     for name, data_bytes in zip(images, data.values(), strict=True):
         assert stored(pair.b, name) <= min(was[name], data_bytes + MIB), (name, was, stored(pair.b, name))
     assert report["wire_bytes"] < report["memory_bytes"] * 1.1 + sum(one["sent_bytes"] for one in found.values()) + MIB
+
+
+# --- bases that the target has
+
+
+FORGE = """
+import sqlite3, sys
+database = sqlite3.connect("/var/lib/kvmhv/kvmhv.sqlite", timeout=20)
+changed = "CAST(json_set(CAST(value AS TEXT), '$.sha256', ?) AS BLOB)"
+database.execute(f"UPDATE records SET value = {changed} WHERE key = 'default/_images/other.raw'", sys.argv[1:])
+database.commit()
+"""
+"""Lets a host believe that an image holds something else."""
+BASED = ("--disk", "size=64M,backing=debian")
+
+
+def make_template(side: Side, name: str, image_format: str) -> None:
+    """Import the same disk as an image, in any format."""
+    side.sh(f"qemu-img convert -O {image_format} /srv/system.raw /srv/{name}.{image_format}")
+    side.kvmhv("image", "import", name, "--disk", f"/srv/{name}.{image_format}", "--format", image_format)
+
+
+def make_system(pair: Pair) -> None:
+    """Make a disk of 24 MiB of noise with holes, the same on both hosts, and its image on host1."""
+    pair.a.sh("mkdir -p /srv; head -c 24M /dev/urandom > /srv/system.raw; truncate -s 48M /srv/system.raw")
+    pair.b.sh("mkdir -p /srv")
+    pair.b.file("/srv/system.raw").write_bytes(pair.a.file("/srv/system.raw").read_bytes())
+    make_template(pair.a, "debian", "qcow2")
+
+
+def base_of(source: Side, target: Side, vm: str = "web01") -> Any:
+    """Return what a check says of the base of disk1 at the target."""
+    found = source.kvmhv("vm", "check", vm, "--to", target.name, "--include-storage")
+    return {copy["disk"]: copy["base"] for copy in found["plan"]["disk_copies"]}["disk1"]
+
+
+def saved(report: Report) -> dict[str, int]:
+    """Return the saving of disk1."""
+    (found,) = (saving for saving in report["savings"] if saving["disk"] == "disk1")
+    return dict(found)
+
+
+def test_a_base_that_lies_there_as_a_template_is_not_sent(pair: Pair) -> None:
+    """Under another name and in another format; the VM's copy is its own, and the way back needs no base either."""
+    make_system(pair)
+    pair.boot(*BASED)
+    (before,) = digests(pair.a, "disk1.qcow2")
+    make_template(pair.b, "template", "raw")
+    found = until("host2 knows the base", lambda: base_of(pair.a, pair.b))
+    assert found["data_bytes"] == 24 * MIB
+    said = pair.a.sh("kvmhv vm check web01 --to host2 --include-storage")
+    assert "disk1's base is on host2 already: 24 MiB less to send" in said
+
+    there = saved(pair.moved(pair.a, pair.b))
+    assert there["base_bytes"] == 24 * MIB
+    assert there["sent_bytes"] < MIB, there
+    pair.b.kvmhv("image", "remove", "template")
+    assert digests(pair.b, "disk1.qcow2") == [before]
+    pair.works(pair.b)
+
+    until("host1 knows the base", lambda: base_of(pair.b, pair.a))
+    back = saved(pair.moved(pair.b, pair.a))
+    assert (back["base_bytes"], back["sent_bytes"] < MIB) == (24 * MIB, True), back
+    assert digests(pair.a, "disk1.qcow2") == [before]
+    pair.works(pair.a)
+
+
+def test_a_base_that_came_with_another_vm_is_not_sent_again_and_outlives_it(pair: Pair) -> None:
+    make_system(pair)
+    pair.create(*BASED, "--disk", "size=8M", vm="first")
+    sent = pair.a.move(pair.b, vm="first").json
+    assert sent["savings"][0]["base_bytes"] == 0
+    assert sent["savings"][0]["sent_bytes"] > 24 * MIB
+    pair.boot(*BASED)
+    until("host2 knows the base", lambda: base_of(pair.a, pair.b))
+    (before,) = digests(pair.a, "disk1.qcow2")
+    there = saved(pair.moved(pair.a, pair.b))
+    assert (there["base_bytes"], there["sent_bytes"] < MIB) == (24 * MIB, True), there
+    pair.b.kvmhv("vm", "stop", "first", "--force")
+    pair.b.kvmhv("vm", "remove", "first", "--yes")
+    assert digests(pair.b, "disk1.qcow2") == [before]
+    pair.works(pair.b)
+
+
+def test_a_base_that_is_not_what_it_was_read_as_ends_the_move_and_the_next_one_sends_it(pair: Pair) -> None:
+    """The record of an image says what the VM's base holds, and the image holds something else."""
+    make_system(pair)
+    pair.boot(*BASED)
+    pair.b.sh("head -c 24M /dev/urandom > /srv/other.raw; truncate -s 48M /srv/other.raw")
+    pair.b.kvmhv("image", "import", "other", "--disk", "/srv/other.raw", "--format", "raw")
+    wanted = until("host1 knows the base", lambda: digest_of(pair.a, "debian.qcow2"))
+    until("host2 knows the image", lambda: digest_of(pair.b, "other.raw"))
+    empty = pair.b.left()
+    pair.b.host.exec(["python3", "-c", FORGE, wanted])
+    failed = pair.a.move(pair.b)
+    assert (failed.status, failed.json["error"]["code"]) == (1, "base-differs"), failed
+    pair.b.is_again(empty)
+    there = saved(pair.moved(pair.a, pair.b))
+    assert (there["base_bytes"], there["sent_bytes"] > 24 * MIB) == (0, True), there
+    pair.works(pair.b)
+
+
+def digest_of(side: Side, image: str) -> str:
+    """Return the digest of an image as it is now, empty before it is known."""
+    file = side.file(f"/var/lib/kvmhv/disks/_images/{image}").stat()
+    mark = f"{file.st_ino} {file.st_size} {file.st_mtime_ns} {file.st_ctime_ns}"
+    return "".join(str(record["sha256"]) for record in read_bases(side) if record["mark"] == mark)
+
+
+def read_bases(side: Side) -> list[dict[str, Any]]:
+    """Return the records of a host's bases."""
+    query = "SELECT value FROM records WHERE kind = 'base'"
+    script = (
+        "import sqlite3; db = sqlite3.connect('file:/var/lib/kvmhv/kvmhv.sqlite?mode=ro', uri=True);"
+        f'print("[" + ",".join(bytes(row[0]).decode() for row in db.execute("{query}")) + "]")'
+    )
+    return list(json.loads(side.host.exec(["python3", "-c", script]).stdout))

@@ -41,8 +41,8 @@ OPEN_TIMEOUT_S = 3
 
 
 def layers_arriving(copy: DiskCopy) -> int:
-    """Return how many of a disk's layers travel, from the top: target layers beyond them are there already."""
-    return len(copy.source_layers)
+    """Return how many of a disk's layers travel, from the top: a base below them is there already."""
+    return len(copy.source_layers) - (copy.base is not None)
 
 
 @dataclass
@@ -115,7 +115,7 @@ async def stats(qmp: Qmp, mirrors: Mirrors) -> tuple[MirrorStats, ...]:
             copied += top.current_progress
             total += top.total_progress
         elif not state.mirroring:
-            total += state.copy.used_bytes
+            total += state.copy.travelling_bytes
         error = state.error or job_error(top, state.mirroring)
         found.append(
             MirrorStats(

@@ -7,17 +7,16 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import answers, argv, blocks, direct, exports, keys, memory, page_sample, probe, process, rundir
+from kvmhv.drivers.qemu import argv, blocks, direct, exports, keys, memory, probe, process, rundir, vm_facts
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
-from kvmhv.drivers.qemu.dirty_rate import short as sampled_dirty_rate
 from kvmhv.drivers.qemu.graph import layer_node
 from kvmhv.drivers.qemu.instance import Instance, marks
-from kvmhv.drivers.qemu.nodes import check_inactive, top_nodes, used_bytes
+from kvmhv.drivers.qemu.nodes import check_inactive
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.drivers.qemu.storage_moves import StorageMoves
 from kvmhv.errors import HostError
-from kvmhv.model import MIB, IncomingAddress, PageSample, Plan, QemuInfo, Vm, VmFacts
+from kvmhv.model import MIB, IncomingAddress, Plan, QemuInfo, Vm, VmFacts
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, RunState
 
@@ -132,37 +131,13 @@ class Qemu(StorageMoves):
 
     async def facts(self, vm: Vm, *, dirty_rate: bool, pages: bool) -> VmFacts:
         """Read what the check of a move needs from the running QEMU; a dirty rate takes the time to sample it."""
-        instance = await self._instance(vm.id)
-        qmp = instance.qmp
-        said = await qmp.together(("query-status", {}), ("query-migrate", {}))
-        running = qmp.read(answers.Status, said[0], "query-status").running
-        migration = qmp.read(answers.Migration, said[1], "query-migrate")
-        used = await used_bytes(qmp) if vm.disks else {}
-        tops = await top_nodes(qmp) if vm.disks else {}
-        sampled = None if running else 0.0
-        if running and dirty_rate:
-            sampled = await sampled_dirty_rate(qmp)
-        elif running:
-            await instance.dirty_sample.begin(qmp)
-        return VmFacts(
-            running=running,
-            qemu_version=qmp.version,
-            accel=instance.accel,
-            memory_used_bytes=await asyncio.to_thread(
-                process.guest_memory_bytes, instance.process.pid, vm.memory_bytes
-            ),
-            dirty_bytes_per_s=sampled,
-            blockers=migration.blocked_reasons,
-            compression=await self._page_samples(instance, vm) if pages else (),
-            disk_used_bytes={
-                disk.name: sum(used.get(layer_node(tops[disk.name], index), 0) for index in range(len(disk.layers)))
-                for disk in vm.disks
-            },
-        )
+        methods = (await self.probe()).compressions if pages else None
+        return await vm_facts.read(await self._instance(vm.id), vm, dirty_rate=dirty_rate, methods=methods)
 
-    async def _page_samples(self, instance: Instance, vm: Vm) -> tuple[PageSample, ...]:
-        methods = (await self.probe()).compressions
-        return await asyncio.to_thread(page_sample.samples, instance.process.pid, vm.memory_bytes, methods)
+    def has_open(self, vm_id: str, file: Path) -> bool:
+        """Whether the VM's process has this very file open."""
+        instance = self._instances.get(vm_id)
+        return instance is not None and process.has_open(instance.process.pid, file)
 
     # --- target of a move
 

@@ -184,6 +184,20 @@ def arguments(pid: int) -> list[str]:
         return []
 
 
+def has_open(pid: int, file: Path) -> bool:
+    """Whether a process has this very file open."""
+    try:
+        wanted = file.stat()
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.path.samestat(entry.stat(), wanted):
+                    return True
+    return False
+
+
 def resident_bytes(pid: int) -> int:
     """Return the process's resident memory, 0 when it is gone."""
     try:

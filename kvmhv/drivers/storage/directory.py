@@ -56,6 +56,11 @@ class Directories:
         """Have a location more: a directory, or a share that is mounted there."""
         self._roots[name] = root
 
+    @property
+    def names(self) -> Collection[str]:
+        """The locations that there are."""
+        return self._roots.keys()
+
     def drop_root(self, name: str) -> None:
         """Have it no longer; no error if it was not there."""
         self._roots.pop(name, None)
@@ -154,6 +159,19 @@ class Directories:
                 raise _missing(layer, error) from error
 
         return await self._do(layer.location, used)
+
+    async def mark(self, layer: Layer) -> str | None:
+        """Return what changes when somebody writes to the file of a layer or puts another there; None without one."""
+
+        def look() -> str | None:
+            try:
+                found = self.path(layer).stat()
+            except OSError:
+                return None
+            # The last one is the kernel's own: nobody can set it.
+            return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+        return await self._do(layer.location, look)
 
     async def remove(self, layer: Layer) -> None:
         """Remove the file and its directory if that is empty then; no error if it is gone."""

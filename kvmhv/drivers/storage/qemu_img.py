@@ -19,6 +19,8 @@ CHAIN_MAX = 32
 """Layers of one disk; longer chains cost more than they are worth, and a bound ends a chain that was made to hurt."""
 ANSWER_S = 30.0
 """For calls that read or write an image's header only."""
+MAP_S = 600.0
+"""For a list of all that an image has."""
 COPY_S = 6 * 3600.0
 """For calls that copy an image."""
 DIES_S = 5.0
@@ -43,6 +45,13 @@ class _Specific(msgspec.Struct, frozen=True):
     data: dict[str, object] = {}
 
 
+class _Extent(msgspec.Struct, frozen=True):
+    start: int
+    length: int
+    data: bool
+    zero: bool
+
+
 class _Info(msgspec.Struct, frozen=True, rename="kebab"):
     format: str
     virtual_size: int
@@ -53,13 +62,13 @@ class _Info(msgspec.Struct, frozen=True, rename="kebab"):
     format_specific: _Specific = _Specific()
 
 
-def find(qemu_binary: str) -> Path | None:
-    """Return the qemu-img beside the configured QEMU, else the one in PATH, None if there is none."""
+def find(qemu_binary: str, name: str = "qemu-img") -> Path | None:
+    """Return the tool beside the configured QEMU, else the one in PATH, None if there is none."""
     if "/" in qemu_binary:
-        beside = Path(qemu_binary).with_name("qemu-img")
+        beside = Path(qemu_binary).with_name(name)
         if beside.is_file():
             return beside
-    found = shutil.which("qemu-img")
+    found = shutil.which(name)
     return Path(found) if found else None
 
 
@@ -113,6 +122,17 @@ class QemuImg:
         await self._run(
             ["convert", "-q", "-n", "-t", "none", *objects, *formats, "--", str(source.file), whole], COPY_S
         )
+
+    async def data_extents(self, image: ImageFile) -> list[tuple[int, int]]:
+        """Return (start, length) of what is not known to be zero in an image without backing file."""
+        said = await self._run(["map", "--output=json", "-f", image.format.value, "--", str(image.file)], MAP_S)
+        try:
+            extents = msgspec.json.decode(said, type=list[_Extent])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise HostError(
+                "qemu-img", f"qemu-img said of {image.file}: {error}", "install QEMU 7.2 or newer"
+            ) from error
+        return [(one.start, one.length) for one in extents if one.data and not one.zero]
 
     async def size_of(self, format: DiskFormat, node: Node, secret: str | None) -> int:  # noqa: A002
         """Return the virtual size of an image, wherever QEMU reaches it; a running QEMU may hold it."""

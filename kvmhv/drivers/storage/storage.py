@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from kvmhv.config import Config
-from kvmhv.drivers.storage import remote
+from kvmhv.drivers.storage import contents, remote
+from kvmhv.drivers.storage.contents import Contents
 from kvmhv.drivers.storage.directory import DEFAULT, Directories, in_a_thread
 from kvmhv.drivers.storage.qemu_img import ImageFile, QemuImg
 from kvmhv.drivers.storage.volumes import DirectoryVolume, ImageVolume, LunVolume, Volume
@@ -23,6 +24,8 @@ from kvmhv.places import DiskPlace
 
 ANSWER_S = 12.0
 """A look at a share; longer than its clients' own deadlines."""
+READ_S = 6 * 3600.0
+"""A whole image."""
 THREADS = 4
 """For each location: when so many looks hang, more are refused at once."""
 
@@ -45,6 +48,7 @@ class Storage:
 
     def __init__(self, config: Config) -> None:
         self._directories = Directories(config, self._do)
+        self._qemu_binary = config.qemu_binary
         self._remote = remote.RemoteImages(QemuImg(config.qemu_binary))
         self._attached: dict[str, Attached] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
@@ -220,6 +224,17 @@ class Storage:
             text = f"location {layer.location!r} is no directory here: a chain cannot be copied into it"
             raise CallerError("disk-invalid", text, "flatten the image first: qemu-img convert -O qcow2 FILE NEW")
         await self.flatten((image,), layer)
+
+    async def mark(self, layer: Layer) -> str | None:
+        """Return what tells whether the file of a layer has changed; None for one that is none, or seen by others."""
+        if layer.location not in self._directories.names or self.volume(layer.location) is not None:
+            return None
+        return await self._directories.mark(layer)
+
+    async def contents(self, layer: Layer, size_bytes: int, *, pace_bytes_per_s: int = 0) -> Contents:
+        """Read an image without backing file that is a file here. Raises as contents.read()."""
+        image = ImageFile(self.path(layer), layer.format, size_bytes)
+        return await contents.read(self._qemu_binary, image, timeout_s=READ_S, pace_bytes_per_s=pace_bytes_per_s)
 
     async def lun_size(self, layer: Layer) -> int:
         """Return the virtual size of what is on a LUN. Raises CallerError `disk-spec-invalid` where there are none."""
