@@ -49,6 +49,70 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """ACPI power button until force, in `vm stop`."""
 
 
+class Waits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long this host's agent waits for what is outside it, in seconds; then it is an error, or tried otherwise.
+
+    What a move as a whole may take is in `Timeouts`.
+    """
+
+    qmp_connect_s: Wait = 5.0
+    """QEMU's QMP socket takes a connection and greets; then it is tried again."""
+    qemu_state_s: Wait = 5.0
+    """QEMU says whether its guest runs."""
+    qemu_quit_s: Wait = 3.0
+    """QEMU ends when it is told to; then it is killed."""
+    qemu_kill_s: Wait = 10.0
+    """A killed QEMU is gone; then it is `qemu-unkillable`."""
+    kvm_proof_s: Wait = 3.0
+    """A tiny guest has run under KVM; then the host takes TCG."""
+    memory_stats_s: Wait = 3.0
+    """QEMU tells how far the memory is."""
+    memory_cancel_s: Wait = 1.0
+    """QEMU takes one word that ends the memory's migration; then its connections are cut."""
+    yank_s: Wait = 2.0
+    """QEMU cuts its connections itself, out of band."""
+    greeting_s: Wait = 5.0
+    """The target's NBD server says its first word, before the source's QEMU is let at it."""
+    handshake_s: Wait = 3.0
+    """The target's QEMU answers the source's, whose guest stands still until then; then the connection is cut."""
+    release_s: Wait = 15.0
+    """QEMU takes the new images of a storage move."""
+    cont_s: Wait = 30.0
+    """A guest is let run before a move that has ended is put away."""
+    peer_connect_s: Wait = 10.0
+    """Another agent takes a connection; so long again for its first word."""
+    peer_ask_s: Wait = 5.0
+    """An agent that has refused a connection says whether it trusts this host."""
+    source_silent_s: Wait = 5.0
+    """A target that has lost its source waits for it; then it asks by itself."""
+    slot_kept_s: Wait = 20.0
+    """A slot of which a waiting move was told is kept for it."""
+    proof_kept_s: Wait = 30.0
+    """What was written to a shared location for another host to read is left there for it."""
+    image_look_s: Wait = 30.0
+    """qemu-img has read or written an image's header."""
+    image_map_s: Wait = 600.0
+    """qemu-img has listed all that an image has."""
+    image_copy_s: Wait = 6 * 3600.0
+    """A new disk's content is copied; a move's disks have `timeouts.storage_s`."""
+    share_command_s: Wait = 8.0
+    """An NFS, iSCSI or SMB server takes a connection; an NFS or iSCSI server answers one command."""
+    share_answer_s: Wait = 12.0
+    """A location answers a look, which may be several commands; then it is silent."""
+    share_lock_s: Wait = 10.0
+    """Another host lets an ownership record go, which it changes just now."""
+    smb_silence_s: Wait = 15.0
+    """An SMB server acknowledges what was sent to it; then a new connection is made."""
+    smb_patience_s: Wait = 600.0
+    """An SMB share in user space comes back; then requests of its VMs fail."""
+    mount_s: Wait = 40.0
+    unmount_s: Wait = 10.0
+    locations_start_s: Wait = 5.0
+    """The locations answer when the agent starts; then it starts without those that do not, and goes on trying."""
+    netlink_s: Wait = 10.0
+    """The kernel makes, finds or removes a tap or an address."""
+
+
 class LibvirtSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Guests that libvirt runs. Without libvirt none of this matters."""
 
@@ -62,6 +126,12 @@ class LibvirtSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Where QEMU's certificates are: `migrate_tls_x509_cert_dir` in libvirt's qemu.conf."""
     image_dirs: tuple[str, ...] = ("/var/lib/libvirt/images",)
     """Where images of arriving disks may be made, beside the directories of libvirt's storage pools."""
+    call_s: Wait = 20.0
+    """libvirt answers a question."""
+    look_s: Wait = 5.0
+    """libvirt says where a domain is, at the end of a move; then that side is silent, and asked again."""
+    act_s: Wait = 120.0
+    """libvirt has started, stopped or changed a domain."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,6 +164,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log_level: str = "info"
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
+    waits: Waits = Waits()
     libvirt: LibvirtSettings = LibvirtSettings()
 
     @property

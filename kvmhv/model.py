@@ -611,6 +611,8 @@ class Timeouts(Struct, frozen=True, kw_only=True):
     """A lost peer before the grant: so long a side tries again before it gives the move up."""
     undo_s: Wait = 60.0
     """Taking back what a move made."""
+    throttled_s: Wait = 120.0
+    """A guest that is slowed down may take so long, and ten more passes, to come under the limit to its blackout."""
 
 
 class Pass(Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kvmhv.agent.bases import KIND, Bases
-from kvmhv.config import from_data
+from kvmhv.config import Waits, from_data
 from kvmhv.core import plan, savings
 from kvmhv.drivers.database import Database
 from kvmhv.drivers.storage import contents
@@ -41,7 +41,7 @@ def convert(file: Path, target: Path, *options: str) -> None:
 
 
 async def read(file: Path, kind: DiskFormat, size_bytes: int = SIZE_BYTES) -> Contents:
-    return await contents.read("", ImageFile(file, kind, size_bytes), timeout_s=20)
+    return await contents.read("", ImageFile(file, kind, size_bytes), waits=Waits(image_copy_s=20.0))
 
 
 # --- the digest
@@ -95,7 +95,7 @@ async def test_a_read_that_is_given_up_leaves_no_process(tmp_path: Path) -> None
     write_raw(tmp_path / "a.raw")
     image = ImageFile(tmp_path / "a.raw", RAW, SIZE_BYTES)
     with pytest.raises(HostError, match="not read in"):
-        await contents.read("", image, timeout_s=1.0, pace_bytes_per_s=MIB)
+        await contents.read("", image, waits=Waits(image_copy_s=1.0), pace_bytes_per_s=MIB)
     assert not _processes(b"qemu-nbd", bytes(image.file))
 
 

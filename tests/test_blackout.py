@@ -145,7 +145,7 @@ def test_but_not_for_ever() -> None:
         driven.told(begun(number, number * 2.0, number * 50, 50, 99))
         number += 1
     assert driven.state.step is SourceStep.UNDOING
-    assert number * 2.0 > blackout.THROTTLED_S
+    assert number * 2.0 > driven.state.timeouts.throttled_s
 
 
 def test_slowing_down_does_not_help_where_the_fixed_part_alone_is_too_long() -> None:

@@ -53,7 +53,7 @@ class Alone:
         """The connection comes and goes, and what the other side says at each beginning does not help."""
         while not (self.told or str(self.state.step) == "ended"):
             self.now_s += FLAPS_EVERY_S
-            assert self.now_s <= bounds.move_s(TIGHT), f"it waits in {self.state.step} for ever"
+            assert self.now_s <= bounds.move_s(TIGHT, 0.0), f"it waits in {self.state.step} for ever"
             for fact in (LOST, facts.PeerConnected(at_ms=self.now_s * 1000), *again):
                 self.hear(fact)
             for name in [name for name, at_s in self.timers.items() if at_s <= self.now_s]:
@@ -82,7 +82,7 @@ def test_silence_ends_it(role: str, count: int, lost: bool) -> None:
     if lost:
         side.hear(LOST)
     side.to_the_end()
-    assert side.now_s <= bounds.move_s(Timeouts())
+    assert side.now_s <= bounds.move_s(Timeouts(), 0.0)
     if side.told:
         assert side.state.outcome in (Outcome.NEEDS_OPERATOR, Outcome.FAILED, Outcome.RUNNING)
 
@@ -98,6 +98,7 @@ def test_a_network_that_flaps_ends_it(role: str, count: int) -> None:
 
 def test_the_bound_grows_with_each_of_its_parts() -> None:
     """So that a wait that the configuration knows is never left out."""
-    least = bounds.move_s(Timeouts())
+    least = bounds.move_s(Timeouts(), 0.0)
     for name in ("answer_s", "prepare_s", "storage_s", "memory_s", "switchover_s", "grant_s", "reconnect_s", "undo_s"):
-        assert bounds.move_s(Timeouts(**{name: getattr(Timeouts(), name) + 1.0})) > least, name
+        assert bounds.move_s(Timeouts(**{name: getattr(Timeouts(), name) + 1.0}), 0.0) > least, name
+    assert bounds.move_s(Timeouts(), 1.0) == least + 1.0

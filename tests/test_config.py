@@ -57,6 +57,10 @@ def test_what_the_file_says(tmp_path: Path) -> None:
         ("[limits]\nvms = 0", "vms"),
         ("[limits]\nvmss = 1", "vmss"),
         ("[timeouts]\nundo_s = 'long'", "undo_s"),
+        ("[waits]\nmount_s = 0", "mount_s"),
+        ("[waits]\nmount_s = 1e9", "mount_s"),
+        ("[waits]\nmounts_s = 1", "mounts_s"),
+        ("[libvirt]\ncall_s = -1", "call_s"),
         ("= broken", "agent.toml"),
     ],
 )

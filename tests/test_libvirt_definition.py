@@ -82,11 +82,11 @@ async def test_images_are_made_all_or_none_and_never_over_a_file(tmp_path: Path)
     vm = vm_of(Domain(xml=xml, persistent=True, autostart=False), {"vda": 1 << 20, "vdb": 1 << 20})
     (tmp_path / "db.raw").write_text("somebody's")
     with pytest.raises(HostError, match="file-exists"):
-        await arrival.make_images(vm, ("vda", "vdb"), (tmp_path,))
+        await arrival.make_images(vm, ("vda", "vdb"), (tmp_path,), 30.0)
     assert names(tmp_path) == ["db.raw"]
     assert (tmp_path / "db.raw").read_text() == "somebody's"
     (tmp_path / "db.raw").unlink()
-    await arrival.make_images(vm, ("vda", "vdb"), (tmp_path,))
+    await arrival.make_images(vm, ("vda", "vdb"), (tmp_path,), 30.0)
     assert names(tmp_path) == ["db.raw", "db01.qcow2"]
     used = frozenset({str(tmp_path / "db.raw")})
     assert arrival.remove_images(vm, ("vda", "vdb"), used) == (str(tmp_path / "db.raw"),)

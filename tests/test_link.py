@@ -43,6 +43,7 @@ async def test_when_one_of_two_breaks_what_matters_is_said_again() -> None:
     link = Link(
         hello,
         Clock(),
+        10.0,
         lambda: told.put_nowait("connected"),
         lambda error: told.put_nowait("lost"),
         lambda message: None,

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from kvmhv.agent.owners import Owners
-from kvmhv.config import from_data
+from kvmhv.config import Waits, from_data
 from kvmhv.drivers.storage.storage import Attached, Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume
 from kvmhv.errors import KvmhvError, Refused
@@ -28,7 +28,7 @@ def host(number: int, tmp_path: Path) -> Owners:
     """A host that sees `tmp_path`/share."""
     (tmp_path / "share").mkdir(exist_ok=True)
     storage = Storage(from_data({"state_dir": str(tmp_path / f"host{number}")}, "test"))
-    volume = DirectoryVolume(tmp_path / "share")
+    volume = DirectoryVolume(tmp_path / "share", Waits())
     storage.attach("share", Attached("dir", volume, "share", Access.DIRECTORY, "share"))
     return Owners(f"host{number}", f"id{number}", storage)
 

@@ -96,6 +96,7 @@ async def world() -> AsyncIterator[World]:
             deliver=deliver,
             tail=lambda: "out of memory",
             timeout_s=10.0,
+            connect_s=5.0,
         )
         yield World(server, child, qmp, events, directory)
         await qmp.close()

@@ -74,7 +74,7 @@ class FullDisk:
 async def test_a_full_disk_holds_the_move_up_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "JOURNAL_AGAIN_S", 0.0)
     machine, journal = Machine(), FullDisk()
-    one = runner.Runner(machine, examples.source_state(examples.vm()), HostClock(), journal, 100)
+    one = runner.Runner(machine, examples.source_state(examples.vm()), HostClock(), journal, 100, 30.0)
     told: list[MoveReport] = []
     seen: list[tuple[int, Outcome]] = []
     one.on_need_operator = told.append

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 
 from kvmhv.agent.sharing import TRIES, Sharing
+from kvmhv.config import Waits
 from kvmhv.drivers.database import Database
 from kvmhv.drivers.storage.storage import Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume
@@ -29,7 +30,7 @@ class OneShare:
     """A storage with one directory that both hosts see; it answers or does not."""
 
     def __init__(self, root: Path) -> None:
-        self._volume = DirectoryVolume(root)
+        self._volume = DirectoryVolume(root, Waits())
         self.answers = True
 
     def volume(self, location: str) -> DirectoryVolume | None:
@@ -50,7 +51,7 @@ class Host:
         self.restart()
 
     def restart(self) -> None:
-        self.sharing = Sharing(cast(Storage, self.storage), self._database)
+        self.sharing = Sharing(cast(Storage, self.storage), self._database, 30.0)
 
     def close(self) -> None:
         self._database.close()

@@ -72,7 +72,7 @@ class Agent:
         images = Images(config, ground.database, disks, self._bases.look_soon)
         self._runtime = ground.runtime
         self._owners = Owners(config.name, ground.host_id, disks)
-        self._sharing = Sharing(disks, ground.database)
+        self._sharing = Sharing(disks, ground.database, config.waits.proof_kept_s)
         self._vms = Vms(config, ground.database, ground.qemu, disks, ground.network, images, self._owners, self._bases)
         self._host_vms = HostVms(config, self._vms, ground.runtime, disks)
         journal = TimedJournal(ground.database, ground.metrics.journal_written)
@@ -289,4 +289,5 @@ def _trusting(config: Config, database: Database, clock: HostClock) -> Trusting:
     identity = certificate.load_or_make(config.state_path / "identity", config.name)
     trust = Trust(database, identity, config.limits.peers)
     invitations = Invitations(config.name, trust.fingerprint, clock)
-    return Trusting(trust, invitations, Peer(trust, config.limits.peer_frame_bytes), config.advertise)
+    peer = Peer(trust, config.limits.peer_frame_bytes, config.waits)
+    return Trusting(trust, invitations, peer, config.advertise)

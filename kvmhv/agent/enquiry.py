@@ -7,7 +7,7 @@ import uuid
 import msgspec
 
 from kvmhv.agent.inventory import Inventories
-from kvmhv.agent.link import CONNECT_S, Link
+from kvmhv.agent.link import Link
 from kvmhv.agent.sharing import Sharing
 from kvmhv.config import Config
 from kvmhv.core import performance, savings
@@ -74,7 +74,8 @@ class Enquiry:
 
     async def _ask(self, vm: Vm, question: Enquire, move_id: str) -> Answer:
         hello = Hello(move_id=move_id, host=self._config.name, role=SOURCE, epoch=vm.epoch + 1)
-        return await enquire(self._peer, self._clock, hello, question, self._config.timeouts.answer_s)
+        bounds = self._config.waits.peer_connect_s, self._config.timeouts.answer_s
+        return await enquire(self._peer, self._clock, hello, question, *bounds)
 
 
 def _only_asking(request: MoveRequest) -> MoveRequest:
@@ -82,7 +83,9 @@ def _only_asking(request: MoveRequest) -> MoveRequest:
     return msgspec.structs.replace(request, queue_s=None)
 
 
-async def enquire(peer: Peer, clock: Clock, hello: Hello, question: Enquire, timeout_s: float) -> Answer:
+async def enquire(
+    peer: Peer, clock: Clock, hello: Hello, question: Enquire, connect_s: float, timeout_s: float
+) -> Answer:
     """Return the target's answer about this VM; nothing is allocated there.
 
     Raises what Peer.connect raises, PeerBroke, and PeerUnreachable `peer-silent` after `timeout_s`.
@@ -97,9 +100,9 @@ async def enquire(peer: Peer, clock: Clock, hello: Hello, question: Enquire, tim
         if isinstance(message, Answer) and not answer.done():
             answer.set_result(message)
 
-    link = Link(hello, clock, lambda: link.send(question), lost, heard)
+    link = Link(hello, clock, connect_s, lambda: link.send(question), lost, heard)
     target = question.request.target
-    connection = await peer.connect(target, CONNECT_S)
+    connection = await peer.connect(target, connect_s)
     serving = asyncio.create_task(link.serve(connection))
     try:
         async with asyncio.timeout(timeout_s):

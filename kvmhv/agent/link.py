@@ -15,8 +15,6 @@ from kvmhv.messages import AnyMessage
 from kvmhv.ports import Clock, Peer, PeerConnection
 from kvmhv.wire.session import Greeted, Heard, Hello, Session
 
-CONNECT_S = 10.0
-HELLO_S = 10.0
 RETRY_FIRST_S = 0.2
 RETRY_LONGEST_S = 3.0
 CLOCK_PINGS = 5
@@ -33,12 +31,15 @@ class Link:
         self,
         hello: Hello,
         clock: Clock,
+        connect_s: float,
         on_connected: Callable[[], None],
         on_lost: Callable[[KvmhvError], None],
         on_message: Callable[[AnyMessage], None],
     ) -> None:
+        """`connect_s`: for a connection, and for the first word on it."""
         self._hello = hello
         self._clock = clock
+        self._connect_s = connect_s
         self._conversations: list[_Conversation] = []
         self.attach(on_connected, on_lost, on_message)
 
@@ -80,7 +81,7 @@ class Link:
         while True:
             if not self.connected:
                 try:
-                    connection = await peer.connect(host, CONNECT_S)
+                    connection = await peer.connect(host, self._connect_s)
                 except KvmhvError as error:
                     if not self.connected:
                         self._on_lost(error)
@@ -92,7 +93,7 @@ class Link:
 
     async def serve(self, connection: PeerConnection, first_frame: bytes | None = None) -> None:
         """Talk on a connection until it ends. `first_frame` was read already (the other side's Hello)."""
-        conversation = _Conversation(connection, Session(self._hello), self._clock)
+        conversation = _Conversation(connection, Session(self._hello), self._clock, self._connect_s)
         error: KvmhvError = PeerUnreachable(
             "peer-lost", f"the connection to {connection.peer_name} was lost", host=connection.peer_name
         )
@@ -123,10 +124,11 @@ class Link:
 class _Conversation:
     """One connection's life: Hello both ways, clock pings, messages."""
 
-    def __init__(self, connection: PeerConnection, session: Session, clock: Clock) -> None:
+    def __init__(self, connection: PeerConnection, session: Session, clock: Clock, hello_s: float) -> None:
         self._connection = connection
         self._session = session
         self._clock = clock
+        self._hello_s = hello_s
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue(OUTBOX_FRAMES)
 
     def say(self, message: AnyMessage) -> None:
@@ -146,7 +148,7 @@ class _Conversation:
         await self._connection.send(self._session.hello_frame())
         tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._align_clocks())]
         try:
-            async with asyncio.timeout(HELLO_S) as hello_deadline:
+            async with asyncio.timeout(self._hello_s) as hello_deadline:
                 if first_frame is not None:
                     await self._take(link, first_frame, hello_deadline)
                 async for frame in self._connection.frames():

@@ -32,7 +32,6 @@ log = structlog.get_logger(__name__)
 
 KIND = "location"
 LOCATIONS_MAX = 64
-START_S = 5.0
 AGAIN_S = 10.0
 WATCH_S = 30.0
 """Between two looks at the shares: QEMU raises no event when a server is away, its guests just wait."""
@@ -49,6 +48,7 @@ class Locations:
     ) -> None:
         """`tell` keeps an event."""
         self._config = config
+        self._waits = config.waits
         self._host_id = host_id
         self._records = records
         self._vms = VmRecords(records)
@@ -63,10 +63,10 @@ class Locations:
     # --- an agent's life
 
     async def start(self) -> None:
-        """Use every location that is kept. Returns after START_S at the latest: nothing waits for a dead server."""
+        """Use every location that is kept; within `waits.locations_start_s`, for nothing waits for a dead server."""
         tasks = [self._spawn(self._until_it_works(spec), f"location {spec.name}") for spec in self._kept()]
         if tasks:
-            await asyncio.wait(tasks, timeout=START_S)
+            await asyncio.wait(tasks, timeout=self._waits.locations_start_s)
         self._spawn(self._watch(), "watch locations")
 
     async def close(self) -> None:
@@ -218,20 +218,20 @@ class Locations:
             if port is not None:
                 text = f"location {spec.name}: QEMU's own NFS driver takes no port"
                 raise HostError("location-unreachable", text, "give the server without a port")
-            return Attached("nfs", NfsVolume(server, spec.share), hint, Access.USER, shown)
+            return Attached("nfs", NfsVolume(server, spec.share, self._waits), hint, Access.USER, shown)
         mountpoint = self._mountpoint(spec.name)
         if await self._has_dead_mount(spec.name):
-            await mounts.unmount(mountpoint, lazily=True)
+            await mounts.unmount(mountpoint, self._waits.unmount_s, lazily=True)
         if not mounts.is_mounted(mountpoint):
             mountpoint.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if with_kernel:
-                await mounts.mount_with_kernel(spec, mountpoint, self._credentials_file(spec.name))
+                await mounts.mount_with_kernel(spec, mountpoint, self._credentials_file(spec.name), self._waits)
             else:
                 secret_file = self._secret_file(spec.name)
-                await mounts.mount_in_user_space(spec, mountpoint, secret_file, mountpoint.parent)
+                await mounts.mount_in_user_space(spec, mountpoint, secret_file, mountpoint.parent, self._waits)
         found = mounts.mount_of(mountpoint)
         access = Access.USER if found is not None and found.type == mounts.FUSE_TYPE else Access.KERNEL
-        return Attached(str(spec.kind), DirectoryVolume(mountpoint), hint, access, shown)
+        return Attached(str(spec.kind), DirectoryVolume(mountpoint, self._waits), hint, access, shown)
 
     async def _has_dead_mount(self, name: str) -> bool:
         mountpoint = self._mountpoint(name)
@@ -260,7 +260,7 @@ class Locations:
         shared = spec.kind is not LocationKind.DIR or spec.shared or found.type in mounts.SHARED_TYPES
         hint = f"{found.type}:{found.source}" if shared else None
         unsafe = mounts.unsafe_options(found) if shared else ()
-        return Attached(str(spec.kind), DirectoryVolume(path), hint, Access.DIRECTORY, str(path), unsafe)
+        return Attached(str(spec.kind), DirectoryVolume(path, self._waits), hint, Access.DIRECTORY, str(path), unsafe)
 
     def _target(self, spec: LocationSpec) -> Volume:
         server, port = mounts.split_server(spec.server)
@@ -275,7 +275,7 @@ class Locations:
             secret_file=str(secret_file) if spec.user else "",
         )
         is_own = partial(ownership.is_of, host_id=self._host_id)
-        return LunVolume(lun, secret_file.read_text() if spec.user else "", is_own)
+        return LunVolume(lun, secret_file.read_text() if spec.user else "", is_own, self._waits)
 
     async def _try(self, name: str) -> None:
         """Write a record and read it again; tells a read-only export, a wrong password, a full share."""
@@ -296,7 +296,7 @@ class Locations:
         self._broken.pop(spec.name, None)
         if spec.kind is LocationKind.SMB or (spec.kind is LocationKind.NFS and not spec.path):
             with contextlib.suppress(HostError):
-                await mounts.unmount(self._mountpoint(spec.name))
+                await mounts.unmount(self._mountpoint(spec.name), self._waits.unmount_s)
             with contextlib.suppress(OSError):  # still mounted, or never made
                 await asyncio.to_thread(self._mountpoint(spec.name).rmdir)
         for suffix in (".json", ".log"):

@@ -43,8 +43,6 @@ Written = list[Proof]
 
 CANCEL_WAIT_S = 60.0
 RESOLVE_WAIT_S = 20.0
-KEPT_FOR_S = 20.0
-"""A target that has told a queue of a free slot keeps it for so long."""
 
 
 class Moves:
@@ -281,7 +279,7 @@ class Moves:
     async def serve_peer(self, connection: PeerConnection) -> None:
         """Serve another agent's connection for one move; returns when it ends."""
         try:
-            first_frame, hello = await first_hello(connection)
+            first_frame, hello = await first_hello(connection, self._config.waits.peer_connect_s)
             own_role = TARGET if hello.role == SOURCE else SOURCE
             runner = self._open.find(hello.move_id, own_role)
             other = None
@@ -303,6 +301,7 @@ class Moves:
             hello,
             self._config.name,
             self._clock,
+            self._config.waits.peer_connect_s,
             past_moves.ended(self._journal.reports(), hello.move_id, connection.peer_name),
             lambda message: self._answer(connection, hello.move_id, message, written),
             lambda offer, link: self._accept(connection, hello, offer, link),
@@ -327,7 +326,7 @@ class Moves:
         with_storage = message.request.include_storage and bool(message.vm.disks)
         refusal = self._admit_in(connection, move_id, with_storage=with_storage)
         if refusal is None and message.request.queue_s is not None:
-            self._open.promise(move_id, out=False, with_storage=with_storage, for_s=KEPT_FOR_S)
+            self._open.promise(move_id, out=False, with_storage=with_storage, for_s=self._config.waits.slot_kept_s)
         inventory = await self._inventories.make(
             promised_bytes=self._open.promised_bytes(),
             refusal=refusal,

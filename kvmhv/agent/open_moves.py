@@ -30,8 +30,6 @@ from kvmhv.wire.session import SOURCE, TARGET, Hello
 
 log = structlog.get_logger(__name__)
 
-TARGET_ASKS_AFTER_S = 5.0
-"""A target without a connection waits so long for the source to come back before it asks by itself."""
 LAST_WORDS_S = 2.0
 
 
@@ -55,6 +53,7 @@ class OpenMoves:
         chronicle: Chronicle,
     ) -> None:
         self._limit = config.limits.move_facts
+        self._waits = config.waits
         self._vms = vms
         self._hypervisor = hypervisor
         self._runtime = runtime
@@ -227,17 +226,17 @@ class OpenMoves:
             services = self._hypervisor, self._vms, self._peer, self._clock, self._flows
             machine = SourceMachine(state, *services, gap, self._ways)
             self._leaving[state.move_id] = machine, gap
-        runner = Runner(machine, state, self._clock, self._journal, self._limit)
+        runner = Runner(machine, state, self._clock, self._journal, self._limit, self._waits.cont_s)
         if not state.vm.runtime:
             runner.on_step = self._stepped
         machine.put = runner.put
         hello = Hello(move_id=state.move_id, host=state.source, role=SOURCE, epoch=state.hold.epoch)
-        runner.link = Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
+        runner.link = self._link(hello, runner)
         return runner
 
     def _storage_runner(self, state: StorageState) -> Runner:
         machine = StorageMachine(state, self._hypervisor, self._vms, self._clock)
-        runner = Runner(machine, state, self._clock, self._journal, self._limit)
+        runner = Runner(machine, state, self._clock, self._journal, self._limit, self._waits.cont_s)
         machine.put = runner.put
         return runner
 
@@ -249,9 +248,9 @@ class OpenMoves:
             gap = NetworkGap(self._frames, state.vm, lambda after_ms: self._first_frame(runner, after_ms))
             self._gaps[state.move_id] = gap
             machine = TargetMachine(state, self._hypervisor, self._vms, self._clock, gap, self._ways)
-        runner = Runner(machine, state, self._clock, self._journal, self._limit)
+        runner = Runner(machine, state, self._clock, self._journal, self._limit, self._waits.cont_s)
         hello = Hello(move_id=state.move_id, host=state.target, role=TARGET, epoch=state.hold.epoch)
-        runner.link = link or Link(hello, self._clock, runner.connected, runner.lost, runner.heard)
+        runner.link = link or self._link(hello, runner)
         return runner
 
     def _stepped(self, state: State) -> None:
@@ -262,6 +261,10 @@ class OpenMoves:
         runner = self.find(move_id, SOURCE)
         if runner is not None:
             runner.put(facts.HeldBack(at_ms=self._clock.monotonic_ms()))
+
+    def _link(self, hello: Hello, runner: Runner) -> Link:
+        connect_s = self._waits.peer_connect_s
+        return Link(hello, self._clock, connect_s, runner.connected, runner.lost, runner.heard)
 
     def _first_frame(self, runner: Runner, after_resume_ms: float) -> None:
         runner.put(facts.FirstFrame(at_ms=self._clock.monotonic_ms(), after_resume_ms=after_resume_ms))
@@ -305,7 +308,7 @@ class OpenMoves:
         assert link is not None
         leaving = isinstance(state, SourceState)
         other = state.target if leaving else state.source
-        connecting = asyncio.create_task(link.keep(self._peer, other, 0.0 if leaving else TARGET_ASKS_AFTER_S))
+        connecting = asyncio.create_task(link.keep(self._peer, other, 0.0 if leaving else self._waits.source_silent_s))
         try:
             report = await runner.run(effects)
             await link.drain(LAST_WORDS_S)

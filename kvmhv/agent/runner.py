@@ -49,8 +49,6 @@ WORK = (
 
 JOURNAL_AGAIN_S = 1.0
 """A journal that cannot be written (the disk is full) is tried again so often: nothing may be done before it is."""
-FINISH_WAIT_S = 30.0
-"""How long the last effects (a Cont, say) may take before a move that has ended is put away."""
 
 
 class Machine(Protocol):
@@ -85,7 +83,9 @@ class Runner:
         clock: Clock,
         journal: JournalPort,
         queue_limit: int,
+        cont_s: float,
     ) -> None:
+        """`cont_s`: how long a guest that is let run may take before a move that has ended is put away."""
         self.machine = machine
         self.state = state
         self.final: MoveReport | None = None
@@ -98,6 +98,7 @@ class Runner:
         """Told after each step, when its effects are under way."""
         self._clock = clock
         self._journal = journal
+        self._cont_s = cont_s
         self._facts: asyncio.Queue[facts.Fact] = asyncio.Queue(queue_limit)
         self._events: asyncio.Queue[QemuEvent] = asyncio.Queue(queue_limit)
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -244,7 +245,7 @@ class Runner:
     async def _finish(self, report: MoveReport) -> None:
         pending = [task for task in self._tasks if task.get_name() == "Cont"]
         if pending:
-            await asyncio.wait(pending, timeout=FINISH_WAIT_S)
+            await asyncio.wait(pending, timeout=self._cont_s)
         report = msgspec.structs.replace(report, ended_at=self._clock.wall_s())
         await self._kept(lambda: self._journal.end(self.state.move_id, self.machine.role, msgspec.json.encode(report)))
         self.final = report

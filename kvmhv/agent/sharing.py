@@ -26,8 +26,6 @@ KIND = "proof"
 PREFIX = ".kvmhv-proof-"
 LOCATIONS_MAX = 16
 TRIES = 5
-READ_S = 30.0
-"""So long the source may take to read what the target has written; then the target removes it itself."""
 
 
 class Challenge(Struct, frozen=True, kw_only=True):
@@ -41,9 +39,11 @@ class Challenge(Struct, frozen=True, kw_only=True):
 class Sharing:
     """Both sides of the proof, on one host."""
 
-    def __init__(self, storage: Storage, records: Records) -> None:
+    def __init__(self, storage: Storage, records: Records, kept_s: float) -> None:
+        """`kept_s`: so long the source may take to read what the target has written; then the target removes it."""
         self._storage = storage
         self._records = records
+        self._kept_s = kept_s
         self._tasks: set[asyncio.Task[None]] = set()
 
     def locations(self, vm: Vm) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ class Sharing:
 
     async def _forget(self, proofs: tuple[Proof, ...]) -> None:
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(READ_S)
+            await asyncio.sleep(self._kept_s)
         for proof in proofs:
             if proof.name:
                 await self._remove(proof.location, proof.name)

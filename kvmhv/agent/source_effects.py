@@ -34,8 +34,6 @@ from kvmhv.ports import Clock, Flows, FlowWatch, Hypervisor, MemoryStats, Migrat
 
 log = structlog.get_logger(__name__)
 
-FILES_S = 300.0
-
 
 class SourceMachine:
     """runner.Machine for the side that gives the VM away."""
@@ -57,6 +55,7 @@ class SourceMachine:
         self._vm = state.vm
         self._target = state.target
         self._psk_hex = state.psk_hex
+        self._files_s = state.timeouts.prepare_s
         self._hypervisor = hypervisor
         self._vms = vms
         self._peer = peer
@@ -117,7 +116,7 @@ class SourceMachine:
         assert files is not None, "files were asked for that the VM does not have"
         for name, file in zip(("kernel", "initrd"), files, strict=True):
             if file is not None:
-                await self._peer.send_file(self._target, self._move_id, name, file, FILES_S)
+                await self._peer.send_file(self._target, self._move_id, name, file, self._files_s)
         return facts.FilesUploaded(at_ms=self._clock.monotonic_ms())
 
     async def _mirror_disks(self, effect: MirrorDisks) -> facts.Fact:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import structlog
 
-from kvmhv.agent.link import HELLO_S, Link
+from kvmhv.agent.link import Link
 from kvmhv.agent.runner import Runner
 from kvmhv.core import recover
 from kvmhv.errors import KvmhvError, PeerBroke
@@ -30,6 +30,7 @@ class Visit:
         hello: Hello,
         own_name: str,
         clock: Clock,
+        connect_s: float,
         ended: MoveReport | None,
         answer: Callable[[Enquire], Awaitable[Answer]],
         accept: Callable[[Offer, Link], Awaitable[Runner | None]],
@@ -44,7 +45,7 @@ class Visit:
         self._tasks: set[asyncio.Task[None]] = set()
         own_role = TARGET if hello.role == SOURCE else SOURCE
         own_hello = Hello(move_id=hello.move_id, host=own_name, role=own_role, epoch=hello.epoch)
-        self.link = Link(own_hello, clock, self._connected, self._lost, self._heard)
+        self.link = Link(own_hello, clock, connect_s, self._connected, self._lost, self._heard)
 
     async def serve(self, first_frame: bytes) -> None:
         """Talk until the connection ends."""
@@ -104,10 +105,10 @@ class Visit:
         task.add_done_callback(self._tasks.discard)
 
 
-async def first_hello(connection: PeerConnection) -> tuple[bytes, Hello]:
+async def first_hello(connection: PeerConnection, timeout_s: float) -> tuple[bytes, Hello]:
     """Read the frame with which a connection begins. Raises PeerBroke `protocol-order`, `protocol-frame`."""
     try:
-        async with asyncio.timeout(HELLO_S):
+        async with asyncio.timeout(timeout_s):
             async for frame in connection.frames():
                 return frame, read_hello(frame)
     except TimeoutError:

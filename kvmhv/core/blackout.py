@@ -25,9 +25,8 @@ PATIENCE = 2.0
 """A blackout that lasts so many times its limit before all is sent is taken back..."""
 PATIENCE_MIN_S = 1.0
 """... but none is before this."""
-THROTTLED_S = 120.0
 THROTTLED_PASSES = 10
-"""A guest that is slowed down has at least so many more passes, and so long, to come under the limit."""
+"""A guest that is slowed down has at least so many more passes to come under the limit."""
 
 THROTTLE_SLICE_MS = 10.0
 """A CPU that QEMU slows down runs for so long and then sleeps as long as its percentage wants."""
@@ -121,9 +120,9 @@ def throttle_max_percent(rule: Rule) -> int:
     return min(THROTTLE_MAX_PERCENT, int(100 * sleep_ms / (sleep_ms + THROTTLE_SLICE_MS)))
 
 
-def gives_up(rule: Rule, passes: int, throttled_s: float) -> bool:
+def gives_up(rule: Rule, passes: int, throttled_s: float, at_most_s: float) -> bool:
     """Whether a guest that is slowed down has had its chance."""
-    return throttled_s >= THROTTLED_S and passes >= rule.max_passes + THROTTLED_PASSES
+    return throttled_s >= at_most_s and passes >= rule.max_passes + THROTTLED_PASSES
 
 
 def over_limit(rule: Rule, source: str, predicted_ms: float, remaining_bytes: int, fixed_ms: float | None) -> ErrorBody:

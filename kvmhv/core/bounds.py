@@ -12,11 +12,14 @@ def blackout_s(timeouts: Timeouts) -> float:
     return timeouts.switchover_s + timeouts.grant_s + _undo_s(timeouts)
 
 
-def move_s(timeouts: Timeouts) -> float:
-    """Return how long a move can take until it has ended or the operator is told; agents that stay up."""
+def move_s(timeouts: Timeouts, cont_s: float) -> float:
+    """Return how long a move can take until it has ended or the operator is told; agents that stay up.
+
+    `cont_s`: what a guest that is let run at the very end may take.
+    """
     live_s = timeouts.answer_s + timeouts.prepare_s + timeouts.storage_s + timeouts.memory_s
     clean_up_s = timeouts.undo_s
-    return live_s + timeouts.reconnect_s + blackout_s(timeouts) + clean_up_s
+    return live_s + timeouts.reconnect_s + blackout_s(timeouts) + clean_up_s + cont_s
 
 
 def _undo_s(timeouts: Timeouts) -> float:

@@ -218,7 +218,8 @@ def _would_overrun(state: SourceState, fact: facts.PassStarted, switchover: Swit
     """The blackout would be too long: slow the guest down where that was asked for and helps, or take the move back."""
     rule, since_ms = state.rule, state.throttled_ms
     throttled_s = 0.0 if since_ms is None else (fact.at_ms - since_ms) / 1000
-    helps = switchover.reason != precopy.THRESHOLD and not blackout.gives_up(rule, len(state.passes), throttled_s)
+    had_its_chance = blackout.gives_up(rule, len(state.passes), throttled_s, state.timeouts.throttled_s)
+    helps = switchover.reason != precopy.THRESHOLD and not had_its_chance
     if rule.on_overrun == blackout.THROTTLE and helps:
         if since_ms is not None:
             return _next_pass(state, fact.at_ms, [])

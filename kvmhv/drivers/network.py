@@ -20,7 +20,6 @@ TAP_PREFIX = "kv"
 INTERFACE_NAME_MAX = 15
 """Linux: IFNAMSIZ is 16 with its final zero (netdevice(7))."""
 
-CALL_TIMEOUT_S = 10.0
 MPTCP_ENABLED = Path("/proc/sys/net/mptcp/enabled")
 OWN_NUMBERS = range(224, 240)
 """Endpoints with these numbers are kvmhv's: the kernel gives others the lowest free one."""
@@ -40,10 +39,11 @@ class LinuxNetwork:
     def __init__(self, config: Config) -> None:
         """Remember which bridges are allowed."""
         self._allowed = config.switches
+        self._timeout_s = config.waits.netlink_s
 
     async def switches(self) -> tuple[str, ...]:
         """Names of the bridges that VMs may be attached to: those of `switches` that exist, or every bridge."""
-        return await _call(lambda ip: tuple(sorted(self._bridges(ip))))
+        return await _call(lambda ip: tuple(sorted(self._bridges(ip))), self._timeout_s)
 
     async def add_tap(self, tap: str, switch: str) -> None:
         """Make a tap with the switch's MTU, attach it, set it up; one that is there already is put right.
@@ -52,20 +52,20 @@ class LinuxNetwork:
         new tap.
         """
         _check_name(tap)
-        await _call(lambda ip: self._add_tap(ip, tap, switch))
+        await _call(lambda ip: self._add_tap(ip, tap, switch), self._timeout_s)
 
     async def remove_tap(self, tap: str) -> None:
         """Remove the tap; no error if it is gone."""
         _check_name(tap)
-        await _call(lambda ip: _remove(ip, tap))
+        await _call(lambda ip: _remove(ip, tap), self._timeout_s)
 
     async def taps(self) -> tuple[str, ...]:
         """Names of all taps that kvmhv made (they start with `kv`)."""
-        return await _call(_taps)
+        return await _call(_taps, self._timeout_s)
 
     async def addresses(self) -> tuple[tuple[str, int], ...]:
         """(ip, prefix length) of every address that other hosts can reach: loopback and link-local ones left out."""
-        return await _call(_addresses)
+        return await _call(_addresses, self._timeout_s)
 
     def _bridges(self, ip: IPRoute) -> dict[str, Any]:
         found = {link.get_attr("IFLA_IFNAME"): link for link in ip.get_links(kind="bridge") if _kind(link) == "bridge"}
@@ -104,6 +104,7 @@ class MptcpWays:
     def __init__(self, config: Config) -> None:
         """Remember which ports may be used."""
         self._ports = config.migration_ports
+        self._timeout_s = config.waits.netlink_s
         self._announced: dict[str, tuple[str, ...]] = {}
         """By move."""
         self._limits: tuple[int, int] | None = None
@@ -118,17 +119,17 @@ class MptcpWays:
         """At the agent's start: remove what an earlier agent left announced."""
         if await self.possible():
             with contextlib.suppress(HostError):
-                await _mptcp(lambda mptcp: _announce(mptcp, set(), self._ports))
+                await _mptcp(lambda mptcp: _announce(mptcp, set(), self._ports), self._timeout_s)
 
     async def open(self, move_id: str, announced: tuple[str, ...]) -> None:
         """Raise the limits and announce addresses. Raises HostError `network`."""
         async with self._lock:
             self._announced[move_id] = announced
             wanted = self._wanted()
-            before = await _mptcp(_raise_limits)
+            before = await _mptcp(_raise_limits, self._timeout_s)
             if self._limits is None:
                 self._limits = before
-            await _mptcp(lambda mptcp: _announce(mptcp, wanted, self._ports))
+            await _mptcp(lambda mptcp: _announce(mptcp, wanted, self._ports), self._timeout_s)
 
     async def close(self, move_id: str) -> None:
         """Take an announcement back that no other move needs; after the last one the limits are what they were."""
@@ -137,9 +138,12 @@ class MptcpWays:
                 return
             wanted, limits = self._wanted(), self._limits
             with contextlib.suppress(HostError):
-                await _mptcp(lambda mptcp: _announce(mptcp, wanted, self._ports))
+                await _mptcp(lambda mptcp: _announce(mptcp, wanted, self._ports), self._timeout_s)
                 if not self._announced and limits is not None:
-                    await _mptcp(lambda mptcp: mptcp.limits("set", subflows=limits[0], add_addr_accepted=limits[1]))
+                    await _mptcp(
+                        lambda mptcp: mptcp.limits("set", subflows=limits[0], add_addr_accepted=limits[1]),
+                        self._timeout_s,
+                    )
                     self._limits = None
 
     def _wanted(self) -> set[str]:
@@ -228,31 +232,31 @@ def _addresses(ip: IPRoute) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(found))
 
 
-async def _call(action: Callable[[IPRoute], Result]) -> Result:
+async def _call(action: Callable[[IPRoute], Result], timeout_s: float) -> Result:
     """Run an action with a netlink socket in a thread. Raises HostError `network`."""
 
     def work() -> Result:
         with IPRoute() as ip:
             return action(ip)
 
-    return await _in_thread(work)
+    return await _in_thread(work, timeout_s)
 
 
-async def _mptcp(action: Callable[[Any], Result]) -> Result:
+async def _mptcp(action: Callable[[Any], Result], timeout_s: float) -> Result:
     """Run an action with a netlink socket for MPTCP in a thread. Raises HostError `network`."""
 
     def work() -> Result:
         with MPTCP() as mptcp:
             return action(mptcp)
 
-    return await _in_thread(work)
+    return await _in_thread(work, timeout_s)
 
 
-async def _in_thread(work: Callable[[], Result]) -> Result:
+async def _in_thread(work: Callable[[], Result], timeout_s: float) -> Result:
     try:
-        async with asyncio.timeout(CALL_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await asyncio.to_thread(work)
     except TimeoutError:
-        raise HostError("network", f"netlink does not answer in {CALL_TIMEOUT_S:g} s", "see dmesg") from None
+        raise HostError("network", f"netlink does not answer in {timeout_s:g} s", "see dmesg") from None
     except (NetlinkError, OSError, IndexError) as error:
         raise HostError("network", f"the host's network: {error}", "are tun and bridge there, is this root?") from error

@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 from aiohttp import ClientWebSocketResponse, WSCloseCode, WSMsgType, web
 
+from kvmhv.config import Waits
 from kvmhv.errors import CallerError, HostError, KvmhvError, PeerBroke, PeerUnreachable, Refused, from_body
 from kvmhv.model import ErrorBody, Struct, TrustedHost
 
@@ -26,8 +27,6 @@ HEARTBEAT_S = 4.0
 CLOSE_S = 2.0
 ANSWER_MAX_BYTES = 64 * 1024
 UPLOAD_CHUNK_BYTES = 256 * 1024
-ASK_S = 5.0
-CONNECT_S = 10.0
 
 MOVE_ROUTE = "/peer/move"
 FILE_ROUTE = "/peer/moves/{move}/files/{name}"
@@ -148,8 +147,9 @@ def server_socket(frame_bytes: int) -> web.WebSocketResponse:
 class Peer:
     """ports.Peer over aiohttp. asyncio sets TCP_NODELAY on every TCP connection, so small frames leave at once."""
 
-    def __init__(self, credentials: Credentials, frame_bytes: int) -> None:
+    def __init__(self, credentials: Credentials, frame_bytes: int, waits: Waits) -> None:
         self._credentials = credentials
+        self._waits = waits
         self._frame_bytes = frame_bytes
 
     def trusted(self, host: str) -> TrustedHost:
@@ -207,15 +207,16 @@ class Peer:
 
     def session(self, target: TrustedHost) -> aiohttp.ClientSession:
         """Return a client session that reaches this host only, without a total deadline: the caller sets one."""
-        return _session(self._credentials.client_context(target))
+        return _session(self._credentials.client_context(target), self._waits.peer_connect_s)
 
     async def introduce(self, address: str, fingerprint: str, route: str, body: bytes, timeout_s: float) -> bytes:
         """POST JSON to an agent that is known by its certificate's fingerprint only; return its answer.
 
         Raises PeerUnreachable, Refused `peer-fingerprint` (another certificate), PeerBroke, the agent's own error.
         """
+        context = self._credentials.introduction_context(fingerprint)
         try:
-            async with _session(self._credentials.introduction_context(fingerprint)) as session:
+            async with _session(context, self._waits.peer_connect_s) as session:
                 async with asyncio.timeout(timeout_s):
                     headers = {"Content-Type": "application/json"}
                     async with session.post(f"https://{address}{route}", data=body, headers=headers) as response:
@@ -255,7 +256,7 @@ class Peer:
         question = TrustQuestion(name=self._credentials.own_name, fingerprint=self._credentials.fingerprint)
         try:
             answer = await self.introduce(
-                target.address, target.fingerprint, TRUST_ROUTE, msgspec.json.encode(question), ASK_S
+                target.address, target.fingerprint, TRUST_ROUTE, msgspec.json.encode(question), self._waits.peer_ask_s
             )
             return not msgspec.json.decode(answer, type=TrustAnswer).trusted
         except (KvmhvError, msgspec.MsgspecError):
@@ -315,10 +316,10 @@ async def _chunks(file: Path, stream: IO[bytes]) -> AsyncIterator[bytes]:
         yield chunk
 
 
-def _session(context: ssl.SSLContext) -> aiohttp.ClientSession:
+def _session(context: ssl.SSLContext, connect_s: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(ssl=context, force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
         auto_decompress=False,
     )
 

@@ -328,7 +328,7 @@ def compose(config: Config) -> Host:
     clock = Clock()
     settings = Settings(database, config)
     trust = Trust(database, certificate.load_or_make(config.state_path / "identity", config.name), config.limits.peers)
-    peer = Peer(trust, config.limits.peer_frame_bytes)
+    peer = Peer(trust, config.limits.peer_frame_bytes, config.waits)
     outside: Any = Outside()
     vms, images, moves = Vms(), Images(), Moves()
     tokens = Tokens(database, clock, config.limits.tokens)

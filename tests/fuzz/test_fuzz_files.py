@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmhv.agent.past_moves import read as read_reports
+from kvmhv.config import Waits
 from kvmhv.core import ownership
 from kvmhv.core.ownership import Owner
 from kvmhv.core.source_state import SourceState, report
@@ -176,7 +177,7 @@ def test_what_qemu_img_says_is_read_or_refused(output: bytes) -> None:
         return output
 
     with tempfile.NamedTemporaryFile() as image, mock.patch.object(qemu_img.QemuImg, "_run", said):
-        tool = qemu_img.QemuImg("")
+        tool = qemu_img.QemuImg("", Waits())
         for question in (
             lambda: tool.chain(Path(image.name), DiskFormat.QCOW2, in_use=False),
             lambda: tool.size_of(DiskFormat.QCOW2, {"driver": "file"}, None),

@@ -34,6 +34,9 @@ fast = "/srv/fast"
 qmp_timeout_s = 10
 [timeouts]
 grant_s = 15.0
+[waits]
+share_answer_s = 12
+mount_s = 0.5
 """
 SETTINGS = {
     "enabled": ("true", "no", "2"),

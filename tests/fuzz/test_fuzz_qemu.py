@@ -94,13 +94,13 @@ def _mirrors() -> blocks.Mirrors:
 
 
 READERS: dict[str, tuple[Callable[[Qmp], Awaitable[Any]], ...]] = {
-    "query-migrate": (memory.stats, lambda qmp: memory.listen(qmp, PLAN, (49152, 49215))),
+    "query-migrate": (lambda qmp: memory.stats(qmp, 1.0), lambda qmp: memory.listen(qmp, PLAN, (49152, 49215))),
     "query-migrate-capabilities": (lambda qmp: memory.set_capabilities(qmp, PLAN),),
     "query-jobs": (lambda qmp: blocks.stats(qmp, _mirrors()),),
     "query-named-block-nodes": (nodes.used_bytes, lambda qmp: nodes.check_inactive(qmp, {"disk1"})),
     "query-block": (nodes.top_nodes,),
     "query-dirty-rate": (dirty_rate._measured,),
-    "query-yank": (memory.yank,),
+    "query-yank": (lambda qmp: memory.yank(qmp, 1.0),),
     **{
         command: (lambda qmp: probe._questions(qmp, Path("/bin/qemu"), Accel.TCG),)
         for command in ("query-machines", "query-cpu-definitions", "query-migrate-parameters")
@@ -215,6 +215,7 @@ async def _connected(lines: list[bytes], heard: list[Any]) -> AsyncIterator[Qmp]
             deliver=lambda event, at_ms: heard.append(event),
             tail=lambda: "",
             timeout_s=0.2,
+            connect_s=5.0,
         )
         try:
             yield qmp

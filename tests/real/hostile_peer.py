@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmhv.agent.api.trusting import Trusting
+from kvmhv.config import Waits
 from kvmhv.drivers.auth import certificate
 from kvmhv.drivers.auth.invitations import Invitations
 from kvmhv.drivers.auth.trust import Trust
@@ -72,7 +73,7 @@ async def main(name: str, directory: Path) -> None:
     wishes = json.load(sys.stdin)
     database = Database(directory / "kvmhv.sqlite", directory / "volatile", 10)
     trust = Trust(database, certificate.load_or_make(directory / "identity", name), 100)
-    peer = Peer(trust, FRAME_BYTES)
+    peer = Peer(trust, FRAME_BYTES, Waits())
     invitations = Invitations(name, trust.fingerprint, HostClock())
     for code in wishes.get("join", ()):
         await Trusting(trust, invitations, peer, wishes["address"]).join(code, None)

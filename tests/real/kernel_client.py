@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from kvmhv.config import Waits
 from kvmhv.drivers.qemu.direct import has_direct
 from kvmhv.drivers.storage import mounts
 from kvmhv.drivers.storage.volumes import DirectoryVolume
@@ -57,7 +58,7 @@ def locked_write(file: Path) -> str:
 
 
 def records(root: Path) -> list[object]:
-    volume = DirectoryVolume(root)
+    volume = DirectoryVolume(root, Waits())
     steps = ((None, b"a"), (None, b"b"), (b"a", b"b"))
     swapped = [volume.swap_record("disk.owner", old, new) for old, new in steps]
     return [*swapped, volume.read_record("disk.owner") == b"b"]
@@ -66,7 +67,7 @@ def records(root: Path) -> list[object]:
 async def mounted(spec: LocationSpec) -> Path:
     root = Path("/mnt") / spec.name
     able = mounts.kernel_can(spec.kind)
-    await mounts.mount_with_kernel(spec, root, CREDENTIALS)
+    await mounts.mount_with_kernel(spec, root, CREDENTIALS, Waits())
     found = mounts.mount_of(root)
     assert found is not None
     unsafe = mounts.unsafe_options(found)

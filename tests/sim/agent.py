@@ -205,7 +205,7 @@ class Runner:
     def _within_bound(self) -> None:
         """Whatever breaks, as long as its agent lives a side ends or tells the operator in time."""
         took_s = (self.agent.world.kernel.now_ms - self._began_ms) / 1000
-        bound_s = bounds.move_s(self.agent.world.timeouts)
+        bound_s = bounds.move_s(self.agent.world.timeouts, 0.0)
         if not self._told and took_s > bound_s:
             raise Broken(f"{self.role} took {took_s:.1f} s until it ended or told, {bound_s:.1f} s are promised")
 

@@ -81,7 +81,7 @@ class Forwarder:
                 params=request.query,
                 headers=headers,
                 data=request.content if request.can_read_body else None,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=ANSWER_S),
+                timeout=aiohttp.ClientTimeout(None, sock_connect=session.timeout.sock_connect, sock_read=ANSWER_S),
                 allow_redirects=False,
             )
         async with answer:

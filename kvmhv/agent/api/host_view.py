@@ -62,6 +62,6 @@ class HostView:
             trusted=self._trust.list(),
             moves_out=sum(move.direction == "out" for move in running),
             moves_in=sum(move.direction == "in" for move in running),
-            move_bound_s=bounds.move_s(self._config.timeouts),
+            move_bound_s=bounds.move_s(self._config.timeouts, self._config.waits.cont_s),
             blackout_bound_s=bounds.blackout_s(self._config.timeouts),
         )

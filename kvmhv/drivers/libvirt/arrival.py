@@ -14,8 +14,6 @@ from kvmhv.drivers.libvirt.definition import Needs, domain_of, needs_of, paths_o
 from kvmhv.errors import HostError
 from kvmhv.model import MIB, Accel, Finding, Severity, Vm
 
-MAKE_S = 60.0
-
 
 def findings(
     connection: Any, host: str, vm: Vm, copied: Collection[str], image_dirs: Collection[Path]
@@ -135,7 +133,7 @@ def path_of(vm: Vm, name: str) -> Path:
     return Path(paths_of(domain_of(vm).xml)[name][0])
 
 
-async def make_images(vm: Vm, names: Collection[str], image_dirs: Collection[Path]) -> None:
+async def make_images(vm: Vm, names: Collection[str], image_dirs: Collection[Path], timeout_s: float) -> None:
     """Make the empty images of these disks; all or nothing, never over a file."""
     made: list[Path] = []
     try:
@@ -148,18 +146,18 @@ async def make_images(vm: Vm, names: Collection[str], image_dirs: Collection[Pat
                 if path.exists():
                     raise HostError("file-exists", f"there is a file {path} already", "remove it if it is an old copy")
                 made.append(path)
-                await _make(path, disk.layers[0].format.value, disk.size_bytes)
+                await _make(path, disk.layers[0].format.value, disk.size_bytes, timeout_s)
     except BaseException:
         for path in made:
             path.unlink(missing_ok=True)
         raise
 
 
-async def _make(path: Path, kind: str, size_bytes: int) -> None:
+async def _make(path: Path, kind: str, size_bytes: int, timeout_s: float) -> None:
     arguments = ("create", "-q", "-f", kind, str(path), str(size_bytes))
     process = await asyncio.create_subprocess_exec("qemu-img", *arguments, stderr=asyncio.subprocess.PIPE)
     try:
-        async with asyncio.timeout(MAKE_S):
+        async with asyncio.timeout(timeout_s):
             _, said = await process.communicate()
     except TimeoutError:
         process.kill()

@@ -18,7 +18,6 @@ from kvmhv.errors import HostError
 
 SOCKETS = ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")
 RETRY_S = 1.0
-CALL_S = 20.0
 THREADS = 16
 KEEPALIVE_S = 5
 KEEPALIVES = 3
@@ -31,9 +30,10 @@ Domain = Any
 class Connection:
     """libvirt of this host. Without it every call raises HostError `libvirt-silent`."""
 
-    def __init__(self, uri: str, told: Callable[[str], None]) -> None:
-        """`told` hears in words when libvirt answers and when it does no longer."""
+    def __init__(self, uri: str, call_s: float, told: Callable[[str], None]) -> None:
+        """`call_s` bounds a call; `told` hears in words when libvirt answers and when it does no longer."""
         self._uri = uri
+        self._call_s = call_s
         self._told = told
         self._threads = asyncio.Semaphore(THREADS)
         self._connection: Any = None
@@ -91,14 +91,14 @@ class Connection:
             # The library prints every error by itself too.
             self.library.registerErrorHandler(lambda _context, _error: None, None)
             threading.Thread(target=self._run_events, name="libvirt: events", daemon=True).start()
-        connection = await self._in_thread("connecting", lambda: self.library.open(self._uri), CALL_S)
+        connection = await self._in_thread("connecting", lambda: self.library.open(self._uri), self._call_s)
         broken = self._broken = asyncio.Event()
         loop = asyncio.get_running_loop()
         try:
-            await self._in_thread("its events", lambda: self._hear(connection, loop, broken), CALL_S)
+            await self._in_thread("its events", lambda: self._hear(connection, loop, broken), self._call_s)
             self._connection = connection
             self.generation += 1
-            await self._in_thread("its domains", lambda: prepare(connection), CALL_S)
+            await self._in_thread("its domains", lambda: prepare(connection), self._call_s)
         except BaseException:
             self._connection = None
             with contextlib.suppress(self.library.libvirtError):
@@ -116,12 +116,12 @@ class Connection:
         connection.registerCloseCallback(closed, None)
         connection.setKeepAlive(KEEPALIVE_S, KEEPALIVES)
 
-    async def call(self, what: str, ask: Callable[[Any], Answer], timeout_s: float | None = CALL_S) -> Answer:
+    async def call(self, what: str, ask: Callable[[Any], Answer], timeout_s: float | None = None) -> Answer:
         """Return ask(connection), run in a thread. Raises HostError `libvirt-silent`, `libvirt` with its words."""
         connection = self._connection
         if connection is None:
             raise silent(what)
-        return await self._in_thread(what, lambda: ask(connection), timeout_s)
+        return await self._in_thread(what, lambda: ask(connection), timeout_s or self._call_s)
 
     async def apart(self, what: str, ask: Callable[[Any], Answer]) -> Answer:
         """Like `call` on a connection of its own and without a deadline, for what takes as long as a move."""

@@ -31,7 +31,6 @@ from kvmhv.ports import Clock, EventSink, MemoryStats, MirrorStats, QemuEvent, R
 SUSPENDED, RESUMED, STARTED, STOPPED = 3, 4, 2, 5
 """virDomainEventType."""
 EVENTS = {SUSPENDED: "STOP", RESUMED: "RESUME", STOPPED: "GONE"}
-LOOK_S = 5.0
 AGAIN_S = 0.5
 POLL_S = 0.1
 
@@ -45,8 +44,9 @@ class Libvirt:
         """`told` hears in words when libvirt comes and goes."""
         self._host = config.name
         self._settings = config.libvirt
+        self._image_look_s = config.waits.image_look_s
         self._clock = clock
-        self._connection = Connection(config.libvirt.uri, told)
+        self._connection = Connection(config.libvirt.uri, config.libvirt.call_s, told)
         self._known: dict[str, VmSummary] = {}
         self._sinks: list[EventSink] = []
         self._looks: dict[str, int] = {}
@@ -223,7 +223,7 @@ class Libvirt:
             return whereabouts(self._connection.library, domain)
 
         try:
-            return await self._connection.call("where a domain is", read, LOOK_S)
+            return await self._connection.call("where a domain is", read, self._settings.look_s)
         except KvmhvError:
             return Whereabouts(stay=Stay.SILENT)
 
@@ -302,7 +302,7 @@ class Libvirt:
         return self._clock.monotonic_ms()
 
     async def _do(self, vm_id: str, what: str, do: Any) -> None:
-        await self._connection.call(what, lambda connection: do(self._domain(connection, vm_id)), None)
+        await self._connection.call(what, lambda connection: do(self._domain(connection, vm_id)), self._settings.act_s)
         await self._refresh(vm_id)
 
     # --- target of a move
@@ -311,7 +311,7 @@ class Libvirt:
         """Make the empty images of these disks."""
         places = self._settings.image_dirs
         dirs = await self._connection.call("its pools", lambda it: arrival.image_dirs(it, places))
-        await arrival.make_images(vm, copied, dirs)
+        await arrival.make_images(vm, copied, dirs, self._image_look_s)
 
     async def adopt(self, vm: Vm) -> None:
         """Set what libvirt's move does not bring along: whether the domain starts with the host."""

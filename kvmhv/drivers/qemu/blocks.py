@@ -10,9 +10,11 @@ Jobs are kept after their end (auto-dismiss off), so how one ended is never lost
 """
 
 import asyncio
+import math
 from dataclasses import dataclass, field
 from functools import partial
 
+from kvmhv.config import Waits
 from kvmhv.drivers.qemu.answers import Job
 from kvmhv.drivers.qemu.disk_wire import DiskWire
 from kvmhv.drivers.qemu.graph import Node, file_node, inet_address, layer_node
@@ -36,8 +38,6 @@ NODE_NAME_MAX = 31
 ENDS_OF_JOBS = ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED")
 NBD_GREETING = b"NBDMAGICIHAVEOPT"
 """The first bytes of a server (the NBD protocol, "fixed newstyle negotiation")."""
-GREETING_TIMEOUT_S = 5.0
-OPEN_TIMEOUT_S = 3
 
 
 def layers_arriving(copy: DiskCopy) -> int:
@@ -82,7 +82,7 @@ class Mirrors:
         self.tasks.clear()
 
 
-async def begin(qmp: Qmp, process: Process, plan: Plan, port: int) -> Mirrors:
+async def begin(qmp: Qmp, process: Process, plan: Plan, port: int, waits: Waits) -> Mirrors:
     """Begin to copy every disk of the plan; returns when the first jobs run. Raises HostError `mirror-failed`."""
     look = partial(process.sent_bytes, plan.target_address, (port,))
     mirrors = Mirrors(wire=DiskWire(None if plan.more_networks else look))
@@ -92,10 +92,10 @@ async def begin(qmp: Qmp, process: Process, plan: Plan, port: int) -> Mirrors:
             layers = await backing_layers(qmp, copy, tops[copy.disk])
             state = mirrors.disks[copy.disk] = DiskState(copy, tops[copy.disk], layers)
             if layers:
-                task = _copy_disk(qmp, plan, port, state, mirrors.wire)
+                task = _copy_disk(qmp, plan, port, state, mirrors.wire, waits)
                 mirrors.tasks.append(asyncio.create_task(task, name=f"copy {copy.disk}"))
             else:
-                await _mirror_top(qmp, plan, port, state, mirrors.wire)
+                await _mirror_top(qmp, plan, port, state, mirrors.wire, waits)
     except QmpRefused as error:
         await mirrors.close()
         raise failed(error.message) from error
@@ -171,23 +171,25 @@ async def backing_layers(qmp: Qmp, copy: DiskCopy, top: str) -> list[LayerCopy]:
     return [LayerCopy(index, used.get(layer_node(top, index), 0)) for index in indexes]
 
 
-async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: DiskState, wire: DiskWire) -> None:
+async def _copy_disk(qmp: Qmp, plan: Plan, port: int, state: DiskState, wire: DiskWire, waits: Waits) -> None:
     """Copy the backing layers, the lowest first, then begin the top's mirror; what fails is kept in `state.error`."""
     try:
         async with asyncio.timeout(plan.timeouts.storage_s):
             for layer in state.layers:
-                await _copy_layer(qmp, plan, port, state, layer, wire)
-            await _mirror_top(qmp, plan, port, state, wire)
+                await _copy_layer(qmp, plan, port, state, layer, wire, waits)
+            await _mirror_top(qmp, plan, port, state, wire, waits)
     except TimeoutError:
         state.error = f"not copied in {plan.timeouts.storage_s:g} s"
     except KvmhvError as error:
         state.error = error.message
 
 
-async def _copy_layer(qmp: Qmp, plan: Plan, port: int, state: DiskState, layer: LayerCopy, wire: DiskWire) -> None:
+async def _copy_layer(
+    qmp: Qmp, plan: Plan, port: int, state: DiskState, layer: LayerCopy, wire: DiskWire, waits: Waits
+) -> None:
     name = layer_node(state.copy.disk, layer.index)
     async with wire.opens(state.copy.disk):
-        await _add_target(qmp, plan, port, name)
+        await _add_target(qmp, plan, port, name, waits)
     await copy_layer(qmp, state, layer, TARGET + name, pace(plan.rule.bandwidth_bytes_per_s, len(plan.disk_copies)))
     wire.note()
     await qmp.execute("blockdev-del", {"node-name": TARGET + name})
@@ -231,10 +233,10 @@ async def copy_layer(qmp: Qmp, state: DiskState, layer: LayerCopy, target: str, 
     await qmp.together(("job-dismiss", {"id": job_id}), ("blockdev-del", {"node-name": COPY + name}))
 
 
-async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: DiskState, wire: DiskWire) -> None:
+async def _mirror_top(qmp: Qmp, plan: Plan, port: int, state: DiskState, wire: DiskWire, waits: Waits) -> None:
     disk = state.copy.disk
     async with wire.opens(disk):
-        await _add_target(qmp, plan, port, disk)
+        await _add_target(qmp, plan, port, disk, waits)
     await qmp.execute(
         "blockdev-mirror",
         {
@@ -262,9 +264,9 @@ def pace(bandwidth_bytes_per_s: int, disks: int) -> dict[str, int]:
     return {"speed": speed, "buf-size": max(BUFFER_MIN_BYTES, min(BUFFER_MAX_BYTES, speed))}
 
 
-async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None:
+async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str, waits: Waits) -> None:
     assert len(TARGET + export_name) <= NODE_NAME_MAX
-    await _greeted(plan.target_address, port)
+    await _greeted(plan.target_address, port, waits.greeting_s)
     await qmp.execute(
         "blockdev-add",
         {
@@ -276,19 +278,19 @@ async def _add_target(qmp: Qmp, plan: Plan, port: int, export_name: str) -> None
             # Zeroes travel as a request, not as data, and stay holes at the target; also those that somebody wrote.
             "discard": "unmap",
             "detect-zeroes": "unmap",
-            "open-timeout": OPEN_TIMEOUT_S,
+            "open-timeout": math.ceil(waits.handshake_s),
         },
     )
 
 
-async def _greeted(ip: str, port: int) -> None:
+async def _greeted(ip: str, port: int, timeout_s: float) -> None:
     """Make sure that the target's NBD server answers, before QEMU waits for it.
 
     While QEMU connects, its main loop and so the guest stand still; a target that accepts and says nothing (its host
     hangs) would hold them for as long as TCP has patience. Raises HostError `mirror-failed`.
     """
     try:
-        async with asyncio.timeout(GREETING_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             reader, writer = await asyncio.open_connection(ip, port)
             try:
                 await reader.readexactly(len(NBD_GREETING))
@@ -296,7 +298,7 @@ async def _greeted(ip: str, port: int) -> None:
                 writer.close()
                 await writer.wait_closed()
     except TimeoutError:
-        raise failed(f"the target's NBD server ({ip} port {port}) said nothing in {GREETING_TIMEOUT_S:g} s") from None
+        raise failed(f"the target's NBD server ({ip} port {port}) said nothing in {timeout_s:g} s") from None
     except (OSError, EOFError) as error:
         raise failed(f"the target's NBD server ({ip} port {port}): {error}") from error
 

@@ -8,19 +8,19 @@ from pathlib import Path
 from kvmhv.errors import HostError
 from kvmhv.places import DiskPlace
 
-LOOK_S = 12.0
-"""A look at a file whose server may be away."""
 
+async def buffered(disk_paths: dict[str, tuple[DiskPlace, ...]], timeout_s: float) -> frozenset[DiskPlace]:
+    """Return the files that need the page cache, looked at in a thread. Raises HostError `storage`.
 
-async def buffered(disk_paths: dict[str, tuple[DiskPlace, ...]]) -> frozenset[DiskPlace]:
-    """Return the files that need the page cache, looked at in a thread. Raises HostError `storage`."""
+    `timeout_s`: the server of a file may be away.
+    """
     places = [place for places in disk_paths.values() for place in places]
     try:
-        async with asyncio.timeout(LOOK_S):
+        async with asyncio.timeout(timeout_s):
             found = await asyncio.to_thread(lambda: [has_direct(place) for place in places])
     except TimeoutError:
         files = ", ".join(str(place) for place in places if isinstance(place, Path))
-        text = f"one of {files} does not answer in {LOOK_S:g} s"
+        text = f"one of {files} does not answer in {timeout_s:g} s"
         raise HostError("storage", text, "is its server up, and the network to it?") from None
     return frozenset(place for place, has in zip(places, found, strict=True) if not has)
 

@@ -177,7 +177,8 @@ class Qemu(StorageMoves):
         await keys.add(instance.qmp, instance.directory, "client", psk_hex)
         await instance.mirrors.close()
         instance.remember_peer(plan.target_address, address)
-        instance.mirrors = await blocks.begin(instance.qmp, instance.process, plan, address.disk_port)
+        to = plan, address.disk_port
+        instance.mirrors = await blocks.begin(instance.qmp, instance.process, *to, self._config.waits)
 
     async def mirror_stats(self, vm_id: str) -> tuple[MirrorStats, ...]:
         """Progress of each disk over all its layers."""
@@ -197,14 +198,14 @@ class Qemu(StorageMoves):
             await keys.add(instance.qmp, instance.directory, "client", psk_hex)
         instance.remember_peer(plan.target_address, address)
         touched = await asyncio.to_thread(process.guest_memory_bytes, instance.process.pid, vm.memory_bytes)
-        await memory.begin(instance.qmp, plan, address.memory_port, instance.cut, touched)
+        await memory.begin(instance.qmp, plan, address.memory_port, instance.cut, touched, self._config.waits)
         instance.may_send_bytes_per_s = plan.rule.bandwidth_bytes_per_s or memory.UNLIMITED_BYTES_PER_S
         instance.process.keep_queues_short(plan.target_address, (address.memory_port,))
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
         """Return query-migrate; status `lost` when QMP does not answer in time."""
         instance = await self._instance(vm_id)
-        stats = await memory.stats(instance.qmp)
+        stats = await memory.stats(instance.qmp, self._config.waits.memory_stats_s)
         sampled = await instance.dirty_sample.read(instance.qmp)
         return msgspec.structs.replace(stats, sampled_dirty_bytes_per_s=sampled)
 
@@ -251,8 +252,8 @@ class Qemu(StorageMoves):
         qmp = instance.qmp
         await instance.mirrors.close()
         # The copies are of no use any more, and a target that hangs would hold them, and the guest's writes with them.
-        await memory.yank(qmp, ("block-node",))
-        status = await memory.cancel(qmp, timeout_s / 2, instance.cut)
+        await memory.yank(qmp, self._config.waits.yank_s, ("block-node",))
+        status = await memory.cancel(qmp, timeout_s / 2, instance.cut, self._config.waits)
         await blocks.undo(qmp, timeout_s / 2)
         instance.mirrors = blocks.Mirrors()
         await keys.remove_object(qmp)
@@ -292,6 +293,7 @@ class Qemu(StorageMoves):
             now_ms=self._clock.monotonic_ms,
             emit=self._emit,
             timeout_s=self._config.limits.qmp_timeout_s,
+            waits=self._config.waits,
             on_answer=self._on_answer,
         )
         self._instances[directory.vm_id] = instance
@@ -327,7 +329,7 @@ class Qemu(StorageMoves):
             kernel_paths=kernel_paths,
             incoming=incoming,
             arriving=arriving or {},
-            buffered=await direct.buffered(disk_paths),
+            buffered=await direct.buffered(disk_paths, self._config.waits.share_answer_s),
         )
 
     async def _launch(self, launch: Launch) -> Instance:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 
+from kvmhv.config import Waits
 from kvmhv.drivers.qemu import answers, blocks, exports, keys, memory
 from kvmhv.drivers.qemu.argv import qmp_chardev
 from kvmhv.drivers.qemu.dirty_rate import FineSample
@@ -20,9 +21,6 @@ from kvmhv.ports import QemuEvent, RunState
 
 CONSOLE_LOG_CHECK_S = 5.0
 LAST_EVENTS_S = 1.0
-QUIT_S = 3.0
-KILL_S = 10.0
-STATE_TIMEOUT_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +49,13 @@ class Instance:
         now_ms: Callable[[], float],
         emit: Callable[[QemuEvent], None],
         timeout_s: float,
+        waits: Waits,
         on_answer: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Take a live process with these arguments over and begin to watch it."""
         self.directory = directory
         self.process = found
+        self._waits = waits
         self.mirrors = blocks.Mirrors()
         self.dirty_sample = FineSample()
         self.may_send_bytes_per_s: int | None = None
@@ -74,6 +74,7 @@ class Instance:
             deliver=self._deliver,
             tail=directory.log_tail,
             timeout_s=timeout_s,
+            connect_s=waits.qmp_connect_s,
             on_answer=on_answer,
         )
         self._settling: asyncio.Task[None] | None = None
@@ -95,7 +96,9 @@ class Instance:
             return RunState(process=False)
         state = RunState(process=True, accel=self.accel, pid=self.process.pid, ever_ran=self.may_have_run)
         try:
-            said = await self.qmp.together(("query-status", {}), ("query-migrate", {}), timeout_s=STATE_TIMEOUT_S)
+            said = await self.qmp.together(
+                ("query-status", {}), ("query-migrate", {}), timeout_s=self._waits.qemu_state_s
+            )
             status = self.qmp.read(answers.Status, said[0], "query-status")
             migration = self.qmp.read(answers.Migration, said[1], "query-migrate")
         except (QmpLost, QmpRefused):
@@ -145,11 +148,11 @@ class Instance:
         if not self.process.gone:
             ends = False
             with contextlib.suppress(QmpLost, QmpRefused):
-                await self.qmp.execute("quit", timeout_s=QUIT_S)
-                ends = await self.process.wait_gone(QUIT_S)
+                await self.qmp.execute("quit", timeout_s=self._waits.qemu_quit_s)
+                ends = await self.process.wait_gone(self._waits.qemu_quit_s)
             if not ends:
                 self.process.send(signal.SIGKILL)
-            if not await self.process.wait_gone(KILL_S):
+            if not await self.process.wait_gone(self._waits.qemu_kill_s):
                 raise HostError(
                     "qemu-unkillable",
                     f"{self.name}: process {self.process.pid} does not end after SIGKILL",

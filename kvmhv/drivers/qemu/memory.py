@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from kvmhv.config import Waits
 from kvmhv.drivers.qemu.answers import Capability, Migration, YankInstance
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
 from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
@@ -28,14 +29,9 @@ SMALL_BYTES = 64 << 20
 """A guest that has touched less memory than this may be sent within one window."""
 MEASURING_SHARE = 8
 """Of a larger one no more than so much goes in the first window: little of what a guest touched is zero again."""
-MEASURED_S = 3.0
 AUTO_CONVERGE = "auto-converge"
 THROTTLE_STEP_PERCENT = 20
-STATS_TIMEOUT_S = 3.0
-CANCEL_TIMEOUT_S = 1.0
-YANK_TIMEOUT_S = 2.0
 POLL_S = 0.02
-HANDSHAKE_S = 3.0
 EXIT_ON_ERROR_SINCE = (9, 1, 0)
 
 IDLE = frozenset({"", "none", "completed", "failed", "cancelled"})
@@ -107,11 +103,11 @@ def measuring_bytes_per_s(touched_bytes: int, ratio: float = 1.0) -> int:
     return int(touched_bytes / ratio / MEASURING_SHARE / QEMU_WINDOW_S)
 
 
-async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touched_bytes: int) -> None:
+async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touched_bytes: int, waits: Waits) -> None:
     """Source: begin to send memory, of which the guest has touched so much. Raises HostError; then `undo` is due.
 
     While QEMU shakes hands its main loop and the guest stand still, so this is watched: if the target says nothing for
-    HANDSHAKE_S, `cut` cuts the connections and the migration has failed.
+    `waits.handshake_s`, `cut` cuts the connections and the migration has failed.
 
     Until QEMU has measured its throughput for the first time, 100 ms after the start, it takes "nothing remains of this
     pass" for "nothing remains" and switches over, whatever the guest has dirtied meanwhile. A small guest on a fast
@@ -132,8 +128,10 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touche
         },
     )
     await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}{_ways(plan)}"})
-    for _ in range(int(HANDSHAKE_S / POLL_S)):
-        status = (await stats(qmp, HANDSHAKE_S)).status
+    now_s = asyncio.get_running_loop().time
+    deadline_s = now_s() + waits.handshake_s
+    while now_s() < deadline_s:
+        status = (await stats(qmp, waits.handshake_s)).status
         if status == "lost":
             cut()
             raise HostError("migrate-failed", "the target does not answer the handshake", "see whether its host hangs")
@@ -141,8 +139,9 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touche
             break
         # It may stay in setup for other reasons (storage that hangs); QMP answers, so the guest runs.
         await asyncio.sleep(POLL_S)
-    for _ in range(int(MEASURED_S / POLL_S)):
-        now = await stats(qmp)
+    deadline_s = now_s() + waits.memory_stats_s
+    while now_s() < deadline_s:
+        now = await stats(qmp, waits.memory_stats_s)
         if now.throughput_bytes_per_s > 0 or now.status not in ("setup", "active"):
             break
         await asyncio.sleep(POLL_S)
@@ -185,7 +184,7 @@ async def stop(qmp: Qmp) -> None:
     )
 
 
-async def stats(qmp: Qmp, timeout_s: float = STATS_TIMEOUT_S) -> MemoryStats:
+async def stats(qmp: Qmp, timeout_s: float) -> MemoryStats:
     """Return query-migrate flat; status `lost` when there is no answer."""
     try:
         answer = await qmp.ask(Migration, "query-migrate", timeout_s=timeout_s)
@@ -205,40 +204,40 @@ async def stats(qmp: Qmp, timeout_s: float = STATS_TIMEOUT_S) -> MemoryStats:
     )
 
 
-async def cancel(qmp: Qmp, timeout_s: float, cut: Callable[[], None]) -> str:
+async def cancel(qmp: Qmp, timeout_s: float, cut: Callable[[], None], waits: Waits) -> str:
     """Cancel the migration; if QMP hangs, by out-of-band yank and by `cut`. Returns its final status.
 
     Raises QmpLost if even that does not end it within the time.
     """
     now_s = asyncio.get_running_loop().time
     deadline_s = now_s() + timeout_s
-    status = (await stats(qmp, CANCEL_TIMEOUT_S)).status
+    status = (await stats(qmp, waits.memory_cancel_s)).status
     while status not in IDLE:
         if now_s() > deadline_s:
             raise QmpLost("qemu-hangs", f"the migration does not end: it is {status}", "end the VM's QEMU by hand")
         try:
             if status == "lost":
-                await yank(qmp)
+                await yank(qmp, waits.yank_s)
                 cut()
             elif status != "cancelling":
-                await qmp.execute("migrate_cancel", timeout_s=CANCEL_TIMEOUT_S)
+                await qmp.execute("migrate_cancel", timeout_s=waits.memory_cancel_s)
             await asyncio.sleep(POLL_S)
-            status = (await stats(qmp, CANCEL_TIMEOUT_S)).status
+            status = (await stats(qmp, waits.memory_cancel_s)).status
         except QmpLost:
             status = "lost"
         except QmpRefused:
             # It ended by itself in between.
-            status = (await stats(qmp, CANCEL_TIMEOUT_S)).status
+            status = (await stats(qmp, waits.memory_cancel_s)).status
     return status
 
 
-async def yank(qmp: Qmp, kinds: tuple[str, ...] = ("migration", "block-node")) -> None:
+async def yank(qmp: Qmp, timeout_s: float, kinds: tuple[str, ...] = ("migration", "block-node")) -> None:
     """Cut connections of migration and disks out of band, which works while QEMU's main loop hangs in one of them.
 
     No error if there is none, or QEMU does not even answer this: the caller looks at what it wanted to end.
     """
     with contextlib.suppress(QmpRefused, QmpLost):
-        instances = await qmp.ask(tuple[YankInstance, ...], "query-yank", timeout_s=YANK_TIMEOUT_S, oob=True)
+        instances = await qmp.ask(tuple[YankInstance, ...], "query-yank", timeout_s=timeout_s, oob=True)
         chosen = [msgspec.to_builtins(entry) for entry in instances if entry.type in kinds]
         if chosen:
-            await qmp.execute("yank", {"instances": chosen}, timeout_s=YANK_TIMEOUT_S, oob=True)
+            await qmp.execute("yank", {"instances": chosen}, timeout_s=timeout_s, oob=True)

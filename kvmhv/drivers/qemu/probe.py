@@ -26,7 +26,7 @@ DEFAULT_BINARY = "qemu-system-x86_64"
 KVM_DEVICE = Path("/dev/kvm")
 COMPRESSIONS = ("zstd", "zlib")
 """QEMU's ways to compress memory, the best first."""
-PROOF_TIMEOUT_S = 3.0
+DIES_S = 3.0
 PROOF_ROM_BYTES = 64 * 1024
 PROOF_PORT = 0xF4
 PROOF_VALUE = 0x2A
@@ -62,7 +62,7 @@ async def accelerator(config: Config, binary: Path) -> tuple[Accel, str]:
     """
     if config.accel == "tcg":
         return Accel.TCG, "TCG, because agent.toml says accel = tcg"
-    why_not = await _why_not_kvm(binary)
+    why_not = await _why_not_kvm(binary, config.waits.kvm_proof_s)
     if not why_not:
         return Accel.KVM, "KVM: a tiny guest ran under it"
     if config.accel == "kvm":
@@ -109,6 +109,7 @@ async def ask(config: Config, clock: Clock, binary: Path, accel: Accel) -> QemuI
             deliver=lambda _event, _at_ms: None,
             tail=lambda: read_tail(log, 2048).strip(),
             timeout_s=config.limits.qmp_timeout_s,
+            connect_s=config.waits.qmp_connect_s,
         )
         try:
             if not await qmp.wait_connected(config.limits.qemu_start_s):
@@ -160,7 +161,7 @@ def missing_features(properties: dict[str, Any]) -> tuple[str, ...]:
     return tuple(feature for feature in X86_64_V2_FEATURES if not properties.get(feature, False))
 
 
-async def _why_not_kvm(binary: Path) -> str:
+async def _why_not_kvm(binary: Path, proof_s: float) -> str:
     try:
         os.close(os.open(KVM_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -168,7 +169,7 @@ async def _why_not_kvm(binary: Path) -> str:
     if not _cpu_virtualizes():
         # seen: a tiny guest runs there all the same, and Linux hangs
         return f"{KVM_DEVICE} opens, but the CPU has neither vmx nor svm (is nesting switched off?)"
-    found = await runs_a_guest(binary, Accel.KVM, PROOF_TIMEOUT_S)
+    found = await runs_a_guest(binary, Accel.KVM, proof_s)
     return f"{KVM_DEVICE} opens, but {found}" if found else ""
 
 
@@ -181,5 +182,5 @@ def _cpu_virtualizes() -> bool:
 async def _kill(child: process.Process) -> None:
     child.send(signal.SIGKILL)
     with contextlib.suppress(asyncio.CancelledError):
-        await child.wait_gone(PROOF_TIMEOUT_S)
+        await child.wait_gone(DIES_S)
     child.release()

@@ -20,7 +20,6 @@ from kvmhv.drivers.qemu import answers
 from kvmhv.drivers.qemu.process import Process
 from kvmhv.errors import HostError
 
-CONNECT_TIMEOUT_S = 5.0
 RECONNECT_DELAY_S = 0.05
 RECONNECT_DELAY_MAX_S = 1.0
 DYING_S = 1.0
@@ -87,6 +86,7 @@ class Qmp:
         deliver: Callable[[Event, float], None],
         tail: Callable[[], str],
         timeout_s: float,
+        connect_s: float,
         on_answer: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """Begin to connect. `deliver` gets every event with its arrival time; `tail` is QEMU's last words.
@@ -102,6 +102,7 @@ class Qmp:
         self._deliver = deliver
         self._tail = tail
         self._timeout_s = timeout_s
+        self._connect_s = connect_s
         self._on_answer = on_answer
         self._client: QMPClient | None = None
         self._connected = asyncio.Event()
@@ -243,7 +244,7 @@ class Qmp:
             # Handled in the moment it is read: the true time of arrival, and no queue or history that could grow.
             client.events.event_filter = self._keep_no_event
             try:
-                async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                async with asyncio.timeout(self._connect_s):
                     await client.connect(str(self._socket))
                 self._greeted(client)
             except Exception as error:  # the library passes on whatever a garbled greeting made it stumble over
@@ -262,11 +263,10 @@ class Qmp:
                 await self._end(client)
             await self._process.wait_gone(RECONNECT_DELAY_S)
 
-    @staticmethod
-    async def _end(client: QMPClient) -> None:
+    async def _end(self, client: QMPClient) -> None:
         """End a connection, which raises again whatever has ended it: any exception that a message could provoke."""
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            async with asyncio.timeout(self._connect_s):
                 await client.disconnect()
 
     def _greeted(self, client: QMPClient) -> None:

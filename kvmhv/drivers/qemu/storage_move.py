@@ -28,7 +28,6 @@ from kvmhv.places import DiskPlace, Lun
 
 POLL_S = 0.02
 CONVERGING_POLL_S = 0.2
-RELEASE_S = 15.0
 SWITCHES_COPY_MODE = (8, 2, 0)
 """From here on `block-job-change` is there."""
 HOLDS_REQUESTS = (8, 0, 0)
@@ -87,7 +86,7 @@ async def hold(instance: Instance, disks: tuple[str, ...], timeout_s: float) -> 
         raise blocks.failed(f"old and new images were not alike within {timeout_s:g} s") from None
 
 
-async def release(instance: Instance) -> tuple[str, ...]:
+async def release(instance: Instance, timeout_s: float) -> tuple[str, ...]:
     """Take the new images and let the guest's requests go on; the old ones are closed. Can be repeated.
 
     Returns the disks that QEMU left on their old images. Raises QmpLost.
@@ -96,7 +95,7 @@ async def release(instance: Instance) -> tuple[str, ...]:
     for name, job in (await blocks.jobs(qmp)).items():
         if job.status == "pending":
             await qmp.execute("job-finalize", {"id": name})
-    await _ended(qmp)
+    await _ended(qmp, timeout_s)
     await _run_on(instance)
     wanted = read_json(instance.directory.new_tops, dict[str, str])
     if wanted is None:
@@ -229,10 +228,10 @@ async def _pending(qmp: Qmp, names: list[str]) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def _ended(qmp: Qmp) -> None:
+async def _ended(qmp: Qmp, timeout_s: float) -> None:
     """Wait until every job has ended. Raises QmpLost `qemu-hangs`."""
     try:
-        async with asyncio.timeout(RELEASE_S):
+        async with asyncio.timeout(timeout_s):
             while under_way := await blocks.jobs(qmp):
                 for name, job in under_way.items():
                     if job.status == "concluded":

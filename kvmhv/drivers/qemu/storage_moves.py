@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+from kvmhv.config import Config
 from kvmhv.drivers.qemu import blocks, direct, requests, storage_move
 from kvmhv.drivers.qemu.instance import Instance
 from kvmhv.drivers.qemu.qmp import QmpLost
@@ -13,6 +14,8 @@ from kvmhv.places import DiskPlace
 
 class StorageMoves(Protocol):
     """Implements the storage moves of ports.Hypervisor, over what `Qemu` has."""
+
+    _config: Config
 
     async def copy_disks(
         self,
@@ -28,7 +31,7 @@ class StorageMoves(Protocol):
         images = []
         for copy in copies:
             places = disk_paths[copy.disk]
-            buffered = await direct.buffered({copy.disk: places})
+            buffered = await direct.buffered({copy.disk: places}, self._config.waits.share_answer_s)
             images.append(NewImage(copy, disks[copy.disk], places, buffered))
         await instance.mirrors.close()
         instance.mirrors = await storage_move.begin(instance, images, bandwidth_bytes_per_s, timeout_s)
@@ -40,7 +43,7 @@ class StorageMoves(Protocol):
     async def release_writes(self, vm_id: str) -> tuple[str, ...]:
         """Let the guest go on with the new images; returns the disks that QEMU left on their old ones."""
         instance = await self._instance(vm_id)
-        stayed = await storage_move.release(instance)
+        stayed = await storage_move.release(instance, self._config.waits.release_s)
         instance.mirrors = blocks.Mirrors()
         return stayed
 

@@ -15,12 +15,12 @@ import threading
 import time
 from typing import NamedTuple
 
+from kvmhv.config import Waits
 from kvmhv.drivers.storage.qemu_img import ImageFile, QemuImg, find
 from kvmhv.errors import HostError
 
 BLOCK_BYTES = 1 << 20
 ZEROS = bytes(BLOCK_BYTES)
-ANSWER_S = 30.0
 """For one block."""
 DIES_S = 5.0
 START = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
@@ -44,23 +44,27 @@ class Contents(NamedTuple):
     """In blocks that are not all zeros."""
 
 
-async def read(qemu_binary: str, image: ImageFile, *, timeout_s: float, pace_bytes_per_s: int = 0) -> Contents:
+async def read(qemu_binary: str, image: ImageFile, *, waits: Waits, pace_bytes_per_s: int = 0) -> Contents:
     """Read an image without backing file; `pace`: no faster than that, 0: as fast as it goes.
 
     That nobody has written to it meanwhile is the caller's to see. Raises HostError `qemu-img`, `qemu-img-missing`,
     `storage`.
     """
     try:
-        async with asyncio.timeout(timeout_s):
-            extents = await QemuImg(qemu_binary).data_extents(image)
-            return await _served(qemu_binary, image, extents, pace_bytes_per_s)
+        async with asyncio.timeout(waits.image_copy_s):
+            extents = await QemuImg(qemu_binary, waits).data_extents(image)
+            return await _served(qemu_binary, image, extents, pace_bytes_per_s, waits.image_look_s)
     except TimeoutError:
-        raise HostError("storage", f"{image.file} was not read in {timeout_s:g} s", "check the storage") from None
+        raise HostError(
+            "storage", f"{image.file} was not read in {waits.image_copy_s:g} s", "check the storage"
+        ) from None
     except (OSError, EOFError) as error:
         raise HostError("storage", f"{image.file} cannot be read: {error}", "check the storage") from error
 
 
-async def _served(qemu_binary: str, image: ImageFile, extents: list[tuple[int, int]], pace: int) -> Contents:
+async def _served(
+    qemu_binary: str, image: ImageFile, extents: list[tuple[int, int]], pace: int, answer_s: float
+) -> Contents:
     program = find(qemu_binary, "qemu-nbd")
     if program is None:
         raise HostError("qemu-img-missing", "there is no qemu-nbd on this host", "install qemu-utils")
@@ -69,7 +73,7 @@ async def _served(qemu_binary: str, image: ImageFile, extents: list[tuple[int, i
         listening.bind("")  # the kernel finds a name, and no file has it
         listening.listen(1)
         own.connect(listening.getsockname())
-        own.settimeout(ANSWER_S)
+        own.settimeout(answer_s)
         process = await asyncio.create_subprocess_exec(
             "/bin/sh", "-c", START, "sh", *command, stdin=listening.fileno(), stderr=asyncio.subprocess.PIPE
         )

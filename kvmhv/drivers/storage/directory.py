@@ -50,7 +50,8 @@ class Directories:
         self._do = do
         named = {DEFAULT: str(config.state_path / "disks"), **config.locations}
         self._roots = {name: Path(path) for name, path in named.items()}
-        self._qemu_img = QemuImg(config.qemu_binary)
+        self._copy_s = config.waits.image_copy_s
+        self._qemu_img = QemuImg(config.qemu_binary, config.waits)
 
     def add_root(self, name: str, root: Path) -> None:
         """Have a location more: a directory, or a share that is mounted there."""
@@ -215,7 +216,7 @@ class Directories:
         """Copy one file of a chain as it is; its header names `backing` then. Raises as copy_in."""
         async with self._fresh_file(layer) as file:
             await self._check_space((image,), layer)
-            await copy_bytes(image.file, file)
+            await copy_bytes(image.file, file, self._copy_s)
             named = self._named_from(layer, backing)
             if named is not None:
                 await self._qemu_img.rename_backing(file, *named)

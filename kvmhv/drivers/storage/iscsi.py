@@ -2,25 +2,26 @@
 
 Disks are QEMU's to read and write; here are only what a LUN is, and the small records on the records LUN. A record is
 changed under a reservation of that LUN (RESERVE(6)), which ends with the session, so a host that dies holds nothing up.
-COMPARE AND WRITE would be one step, but tgt does not know it. Every command ends within TIMEOUT_S; all raise OSError.
+COMPARE AND WRITE would be one step, but tgt does not know it. Every command ends in time; all raise OSError.
 """
 
 import ctypes
 import errno
+import math
 import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvmhv.config import Waits
+from kvmhv.places import Lun
+
 LIBRARIES = ("libiscsi.so.7", "libiscsi.so.8", "libiscsi.so.9", "libiscsi.so.10")
-TIMEOUT_S = 8
 SESSION_NORMAL = 2
 GOOD, CHECK_CONDITION, RESERVATION_CONFLICT = 0x00, 0x02, 0x18
 UNIT_ATTENTION = 0x06
 ATTENTIONS_MAX = 4
 """A LUN tells a new session first that something has happened (it was reset, say), once for each event."""
-RESERVE_S = 10.0
-"""Another host holds the records LUN for some milliseconds; beyond this it is not kvmhv that holds it."""
 RESERVE_AGAIN_S = 0.05
 VPD_IDENTIFICATION = 0x83
 INQUIRY_BYTES = 255
@@ -78,9 +79,11 @@ def _load() -> ctypes.CDLL:
 class Target:
     """A session with one target. Make it with `connected`."""
 
-    def __init__(self, library: ctypes.CDLL, context: ctypes.c_void_p) -> None:
+    def __init__(self, library: ctypes.CDLL, context: ctypes.c_void_p, reserve_s: float) -> None:
+        """`reserve_s`: so long another host may have the records LUN, which it holds for some milliseconds."""
         self._library = library
         self._context = context
+        self._reserve_s = reserve_s
 
     def _error(self) -> str:
         said = self._library.iscsi_get_error(self._context)
@@ -142,7 +145,7 @@ class Target:
             self._run("release6", lun)
 
     def _patiently(self, command: str, *arguments: object) -> bytes:
-        deadline = time.monotonic() + RESERVE_S
+        deadline = time.monotonic() + self._reserve_s
         while True:
             try:
                 return self._run(command, *arguments)
@@ -153,20 +156,20 @@ class Target:
 
 
 @contextmanager
-def connected(portal: str, name: str, lun: int, initiator: str, user: str, secret: str) -> Iterator[Target]:
+def connected(lun: Lun, secret: str, waits: Waits) -> Iterator[Target]:
     """Log in for a few commands. Raises OSError."""
     library = _load()
-    context = ctypes.c_void_p(library.iscsi_create_context(initiator.encode()))
+    context = ctypes.c_void_p(library.iscsi_create_context(lun.initiator.encode()))
     try:
-        library.iscsi_set_targetname(context, name.encode())
+        library.iscsi_set_targetname(context, lun.target.encode())
         library.iscsi_set_session_type(context, SESSION_NORMAL)
-        if user:
-            library.iscsi_set_initiator_username_pwd(context, user.encode(), secret.encode())
-        library.iscsi_set_timeout(context, TIMEOUT_S)
+        if lun.user:
+            library.iscsi_set_initiator_username_pwd(context, lun.user.encode(), secret.encode())
+        library.iscsi_set_timeout(context, math.ceil(waits.share_command_s))
         library.iscsi_set_noautoreconnect(context, 1)
-        target = Target(library, context)
-        if library.iscsi_full_connect_sync(context, portal.encode(), lun):
-            raise OSError(errno.ECONNREFUSED, f"{name} at {portal} cannot be used: {target._error()}")
+        target = Target(library, context, waits.share_lock_s)
+        if library.iscsi_full_connect_sync(context, lun.portal.encode(), lun.lun):
+            raise OSError(errno.ECONNREFUSED, f"{lun.target} at {lun.portal} cannot be used: {target._error()}")
         yield target
         library.iscsi_logout_sync(context)
     finally:

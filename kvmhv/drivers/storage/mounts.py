@@ -6,6 +6,7 @@ host that another one changes, and I/O waits for a server that is away instead o
 
 import asyncio
 import errno
+import math
 import os
 import re
 import signal
@@ -16,11 +17,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from kvmhv.config import Waits
+from kvmhv.drivers.storage.qemu_img import end_by_force
 from kvmhv.errors import HostError
 from kvmhv.model import LocationKind, LocationSpec
 
-MOUNT_S = 40.0
-UNMOUNT_S = 10.0
 POLL_S = 0.1
 SMB_PORT = 445
 SHARED_TYPES = frozenset(
@@ -113,7 +114,7 @@ def kernel_can(kind: LocationKind) -> bool:
     return KERNEL_TYPES[kind] in known or any((modules / place).is_dir() for place in places)
 
 
-async def mount_with_kernel(spec: LocationSpec, mountpoint: Path, credentials: Path) -> None:
+async def mount_with_kernel(spec: LocationSpec, mountpoint: Path, credentials: Path, waits: Waits) -> None:
     """Mount a share. Raises HostError `location-unreachable` with mount's own words."""
     _make_directory(mountpoint)
     process = await asyncio.create_subprocess_exec(
@@ -123,16 +124,18 @@ async def mount_with_kernel(spec: LocationSpec, mountpoint: Path, credentials: P
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(MOUNT_S):
+        async with asyncio.timeout(waits.mount_s):
             _, said = await process.communicate()
     except TimeoutError:
-        process.kill()
-        raise _unreachable(spec, f"mount took longer than {MOUNT_S:g} s") from None
+        await end_by_force(process)
+        raise _unreachable(spec, f"mount took longer than {waits.mount_s:g} s") from None
     if process.returncode:
         raise _unreachable(spec, said.decode(errors="replace").strip()[-400:])
 
 
-async def mount_in_user_space(spec: LocationSpec, mountpoint: Path, secret_file: Path, run_path: Path) -> None:
+async def mount_in_user_space(
+    spec: LocationSpec, mountpoint: Path, secret_file: Path, run_path: Path, waits: Waits
+) -> None:
     """Serve an SMB share by smb_mount.py, in a process that outlives the agent. Raises HostError as above."""
     _make_directory(mountpoint)
     server, port = split_server(spec.server)
@@ -143,11 +146,14 @@ async def mount_in_user_space(spec: LocationSpec, mountpoint: Path, secret_file:
         "user": spec.user,
         "secret_file": str(secret_file),
         "mountpoint": str(mountpoint),
+        "connect_s": waits.share_command_s,
+        "silence_s": waits.smb_silence_s,
+        "patience_s": waits.smb_patience_s,
     }
     file, log = run_path / f"{spec.name}.json", run_path / f"{spec.name}.log"
     file.write_bytes(msgspec.json.encode(described))
     process = _serve(file, log)
-    for _ in range(int(MOUNT_S / POLL_S)):
+    for _ in range(math.ceil(waits.mount_s / POLL_S)):
         if is_mounted(mountpoint):
             return
         if process.poll() is not None:
@@ -191,7 +197,7 @@ def is_dead(mountpoint: Path) -> bool:
     return False
 
 
-async def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
+async def unmount(mountpoint: Path, timeout_s: float, *, lazily: bool = False) -> None:
     """Unmount what kvmhv has mounted; no error if nothing is. Raises HostError `location-busy`.
 
     `lazily`: also if files of it are open, which lead nowhere then.
@@ -201,10 +207,10 @@ async def unmount(mountpoint: Path, *, lazily: bool = False) -> None:
     command = ["umount", *(["--lazy"] if lazily else []), str(mountpoint)]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     try:
-        async with asyncio.timeout(UNMOUNT_S):
+        async with asyncio.timeout(timeout_s):
             _, said = await process.communicate()
     except TimeoutError:
-        process.kill()
+        await end_by_force(process)
         said = b"umount hangs: is the server away?"
     if is_mounted(mountpoint):
         text = f"{mountpoint} cannot be unmounted: {said.decode(errors='replace').strip()}"

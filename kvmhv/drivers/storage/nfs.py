@@ -1,7 +1,7 @@
 """Small files of an NFS export through libnfs, the library that QEMU's own NFS driver uses.
 
 Disks are QEMU's to read and write; here are only their making and removal, space, and the small records beside them.
-Every call makes a connection of its own, ends within TIMEOUT_S, and raises OSError. Paths begin with `/`.
+Every call makes a connection of its own, ends in time, and raises OSError. Paths begin with `/`.
 """
 
 import ctypes
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 LIBRARIES = ("libnfs.so.14", "libnfs.so.13", "libnfs.so.16")
 NEW_ORDER = "libnfs.so.16"
 """From libnfs 6 on the buffer stands before count and offset."""
-TIMEOUT_S = 8.0
 STATVFS_BYTES = 512
 MODE_DIRECTORY, MODE_FILE = 0o700, 0o600
 
@@ -131,15 +130,15 @@ class Export:
 
 
 @contextmanager
-def connected(server: str, export: str) -> Iterator[Export]:
-    """Mount an export for a few calls. Raises OSError."""
+def connected(server: str, export: str, timeout_s: float) -> Iterator[Export]:
+    """Mount an export for a few calls, each of which ends within `timeout_s`. Raises OSError."""
     library, new_order = _load()
     context = ctypes.c_void_p(library.nfs_init_context())
     try:
         library.nfs_set_uid(context, os.getuid())
         library.nfs_set_gid(context, os.getgid())
         library.nfs_set_autoreconnect(context, 0)
-        library.nfs_set_timeout(context, int(TIMEOUT_S * 1000))
+        library.nfs_set_timeout(context, int(timeout_s * 1000))
         mounted = Export(library, context, new_order)
         try:
             mounted._call("nfs_mount", server.encode(), export.encode())

@@ -12,17 +12,12 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from kvmhv.config import Waits
 from kvmhv.errors import CallerError, HostError
 from kvmhv.model import DISK_MAX_BYTES, DISK_MIN_BYTES, DiskFormat
 
 CHAIN_MAX = 32
 """Layers of one disk; longer chains cost more than they are worth, and a bound ends a chain that was made to hurt."""
-ANSWER_S = 30.0
-"""For calls that read or write an image's header only."""
-MAP_S = 600.0
-"""For a list of all that an image has."""
-COPY_S = 6 * 3600.0
-"""For calls that copy an image."""
 DIES_S = 5.0
 SECTOR_BYTES = 512
 
@@ -75,8 +70,12 @@ def find(qemu_binary: str, name: str = "qemu-img") -> Path | None:
 class QemuImg:
     """The calls that kvmhv makes of qemu-img. Each raises HostError `qemu-img-missing`, `qemu-img` or `storage`."""
 
-    def __init__(self, qemu_binary: str) -> None:
+    def __init__(self, qemu_binary: str, waits: Waits) -> None:
+        """`waits` bounds calls that read or write a header, and calls that copy an image."""
         self._qemu_binary = qemu_binary
+        self._look_s = waits.image_look_s
+        self._copy_s = waits.image_copy_s
+        self._map_s = waits.image_map_s
 
     async def chain(self, file: Path, format: DiskFormat | None, *, in_use: bool) -> tuple[ImageFile, ...]:  # noqa: A002
         """Describe an image and its backing files, top first. A format that is not given is probed (never for a VM).
@@ -88,14 +87,14 @@ class QemuImg:
         seen: set[Path] = set()
         next_file: Path | None = file
         while next_file is not None:
-            real = await _in_time(_regular_file, next_file)
+            real = await _in_time(self._look_s, _regular_file, next_file)
             if real in seen:
                 raise _invalid(file, f"its backing files form a loop at {next_file}")
             if len(found) == CHAIN_MAX:
                 raise _invalid(file, f"it has more than {CHAIN_MAX} layers")
             seen.add(real)
             info = await self._info(real, format, in_use=in_use)
-            await _in_time(_check, real, info)
+            await _in_time(self._look_s, _check, real, info)
             found.append(ImageFile(next_file, DiskFormat(info.format), info.virtual_size))
             next_file = _backing_of(real, info)
             format = DiskFormat(info.backing_filename_format) if info.backing_filename_format else None  # noqa: A001
@@ -105,12 +104,12 @@ class QemuImg:
         """Write an empty qcow2 into an existing file; `backing`: what its header says (path, format)."""
         # -u: the backing file is not opened; its size is known and it may be in use
         extra = ["-u", "-b", backing[0], "-F", backing[1].value] if backing else []
-        await self._run(["create", "-q", "-f", "qcow2", *extra, "--", str(file), str(size_bytes)], ANSWER_S)
+        await self._run(["create", "-q", "-f", "qcow2", *extra, "--", str(file), str(size_bytes)], self._look_s)
 
     async def convert(self, source: ImageFile, target: Path, target_format: DiskFormat) -> None:
         """Write the source's contents (its whole chain) into an existing file."""
         formats = ["-f", source.format.value, "-O", target_format.value]
-        await self._run(["convert", "-q", *formats, "--", str(source.file), str(target)], COPY_S)
+        await self._run(["convert", "-q", *formats, "--", str(source.file), str(target)], self._copy_s)
 
     async def convert_into(
         self, source: ImageFile, target_format: DiskFormat, target: Node, secret: str | None
@@ -120,12 +119,12 @@ class QemuImg:
         whole = "json:" + msgspec.json.encode({"driver": target_format.value, "file": target}).decode()
         formats = ["-f", source.format.value, "-O", target_format.value]
         await self._run(
-            ["convert", "-q", "-n", "-t", "none", *objects, *formats, "--", str(source.file), whole], COPY_S
+            ["convert", "-q", "-n", "-t", "none", *objects, *formats, "--", str(source.file), whole], self._copy_s
         )
 
     async def data_extents(self, image: ImageFile) -> list[tuple[int, int]]:
         """Return (start, length) of what is not known to be zero in an image without backing file."""
-        said = await self._run(["map", "--output=json", "-f", image.format.value, "--", str(image.file)], MAP_S)
+        said = await self._run(["map", "--output=json", "-f", image.format.value, "--", str(image.file)], self._map_s)
         try:
             extents = msgspec.json.decode(said, type=list[_Extent])
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -138,13 +137,14 @@ class QemuImg:
         """Return the virtual size of an image, wherever QEMU reaches it; a running QEMU may hold it."""
         objects = ["--object", secret] if secret else []
         whole = "json:" + msgspec.json.encode({"driver": format.value, "file": node}).decode()
-        said = await self._run(["info", "--force-share", "--output=json", *objects, "--", whole], ANSWER_S)
+        said = await self._run(["info", "--force-share", "--output=json", *objects, "--", whole], self._look_s)
         return _read(str(node.get("filename", format.value)), said).virtual_size
 
     async def rename_backing(self, file: Path, backing: str, backing_format: DiskFormat) -> None:
         """Change what a qcow2's header says of its backing file, and nothing else."""
         await self._run(
-            ["rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format.value, "--", str(file)], ANSWER_S
+            ["rebase", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", backing_format.value, "--", str(file)],
+            self._look_s,
         )
 
     async def _info(self, file: Path, format: DiskFormat | None, *, in_use: bool) -> _Info:  # noqa: A002
@@ -154,7 +154,7 @@ class QemuImg:
         if format is not None:
             arguments += ["-f", format.value]
         try:
-            said = await self._run([*arguments, "--", str(file)], ANSWER_S)
+            said = await self._run([*arguments, "--", str(file)], self._look_s)
         except HostError as error:
             if error.code != "qemu-img":
                 raise
@@ -172,9 +172,9 @@ class QemuImg:
         return await _run("qemu-img", [str(binary), *arguments], timeout_s)
 
 
-async def copy_bytes(source: Path, target: Path) -> None:
+async def copy_bytes(source: Path, target: Path, timeout_s: float) -> None:
     """Copy a file as it is into an existing one: sparse where it is sparse, shared blocks where the file system can."""
-    await _run("storage", ["cp", "--reflink=auto", "--sparse=auto", "--", str(source), str(target)], COPY_S)
+    await _run("storage", ["cp", "--reflink=auto", "--sparse=auto", "--", str(source), str(target)], timeout_s)
 
 
 async def _run(code: str, command: list[str], timeout_s: float) -> bytes:
@@ -189,16 +189,21 @@ async def _run(code: str, command: list[str], timeout_s: float) -> bytes:
         ) from None
     finally:
         if process.returncode is None:  # the deadline, or whoever waited for us has gone
-            process.kill()
-            with contextlib.suppress(TimeoutError):  # it hangs in the kernel, on its storage: it ends when that answers
-                async with asyncio.timeout(DIES_S):
-                    await process.wait()
+            await end_by_force(process)
     if process.returncode != 0:
         said = errors.decode(errors="replace").strip().removeprefix(f"{code}: ")[-500:]
         if "No space left" in said:
             raise HostError("location-full", said, "make room, or choose another location")
         raise HostError(code, said or f"{command[0]} ended with {process.returncode}", "check the storage")
     return output
+
+
+async def end_by_force(process: asyncio.subprocess.Process) -> None:
+    """Kill a program; one that hangs in the kernel, on its storage, is left behind and ends when that answers."""
+    process.kill()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DIES_S):
+            await process.wait()
 
 
 def _read(what: str, said: bytes) -> _Info:
@@ -208,13 +213,13 @@ def _read(what: str, said: bytes) -> _Info:
         raise HostError("qemu-img", f"qemu-img said of {what}: {error}", "install QEMU 7.2 or newer") from error
 
 
-async def _in_time(look: Callable[..., Result], *arguments: object) -> Result:
+async def _in_time(timeout_s: float, look: Callable[..., Result], *arguments: object) -> Result:
     """Look at a file in a thread: the server of its file system may be away. Raises HostError `storage`."""
     try:
-        async with asyncio.timeout(ANSWER_S):
+        async with asyncio.timeout(timeout_s):
             return await asyncio.to_thread(look, *arguments)
     except TimeoutError:
-        text = f"{arguments[0]} does not answer in {ANSWER_S:g} s"
+        text = f"{arguments[0]} does not answer in {timeout_s:g} s"
         raise HostError("storage", text, "is its server up, and the network to it?") from None
 
 

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -15,15 +16,30 @@ from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from smbprotocol.connection import Connection
 from smbprotocol.exceptions import SMBConnectionClosed, SMBException
 from smbprotocol.header import Commands, NtStatus
 from smbprotocol.session import Session
 
-CONNECT_S = 10
-SILENCE_MS = 15_000
-"""A server that acknowledges nothing for so long is taken for gone."""
+PROBES = 2
 CREDIT_AGAIN_S = 0.002
+
+
+class MountFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the program has to know; the password stands in a file of its own."""
+
+    server: str
+    port: int
+    share: str
+    user: str
+    secret_file: str
+    mountpoint: str
+    connect_s: float
+    silence_s: float
+    """A server that acknowledges nothing for so long is taken for gone."""
+    patience_s: float
+    """So long a request waits for a server that is away."""
 
 
 class Connections(dict[str, Any]):
@@ -77,32 +93,34 @@ class Sender:
         return any(answer is None or answer["status"].get_value() == NtStatus.STATUS_PENDING for answer in answers)
 
 
-def connect(
-    server: str, port: int, user: str, password: str, client: UUID, previous_session: int
-) -> tuple[Connections, int]:
+def connect(to: MountFile, password: str, client: UUID, previous_session: int) -> tuple[Connections, int]:
     """Connect and log in, signed and encrypted; returns the connection and its session's id (0: there was none before).
 
     Raises OSError, SMBException or ValueError; then nothing is left.
     """
-    connection = Connection(client, server, port, require_signing=True)
+    connection = Connection(client, to.server, to.port, require_signing=True)
     try:
-        connection.connect(timeout=CONNECT_S)
-        _give_up_in_time(connection.transport._sock)
+        connection.connect(timeout=to.connect_s)
+        _give_up_in_time(connection.transport._sock, to.silence_s)
         connection._send = Sender(connection, previous_session)
-        session = Session(connection, username=user, password=password, require_encryption=True, auth_protocol="ntlm")
+        session = Session(
+            connection, username=to.user, password=password, require_encryption=True, auth_protocol="ntlm"
+        )
         session.connect()
     except BaseException:
         if connection.transport is not None:
             _close(connection)
         raise
-    return Connections({f"{server.lower()}:{port}": connection}), session.session_id
+    return Connections({f"{to.server.lower()}:{to.port}": connection}), session.session_id
 
 
-def _give_up_in_time(connected: socket.socket) -> None:
-    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
+def _give_up_in_time(connected: socket.socket, silence_s: float) -> None:
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
+    step_s = math.ceil(silence_s / (PROBES + 1))
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 2)):
-        connected.setsockopt(socket.IPPROTO_TCP, option, seconds)
+    times = (socket.TCP_KEEPIDLE, step_s), (socket.TCP_KEEPINTVL, step_s), (socket.TCP_KEEPCNT, PROBES)
+    for option, value in times:
+        connected.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _close(connection: Any) -> None:

@@ -28,7 +28,8 @@ import smbclient
 from smbprotocol.exceptions import SMBException, SMBOSError
 from smbprotocol.open import CreateOptions
 
-from kvmhv.drivers.storage.smb_share import MountFile, Share, say
+from kvmhv.drivers.storage.smb_connection import MountFile
+from kvmhv.drivers.storage.smb_share import Share, say
 
 BLOCK_BYTES = 4096
 CREDIT_BYTES = 64 * 1024

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-import msgspec
 from smbprotocol.exceptions import SMBOSError, SMBResponseException
 
-from kvmhv.drivers.storage.smb_connection import Connections, connect
+from kvmhv.drivers.storage.smb_connection import Connections, MountFile, connect
 
 AGAIN_S = 0.5
 SESSION_LOST = frozenset({0xC0000203, 0xC000035C, 0xC00000C9, 0xC0000128, 0xC000020C, 0xC0000008})
@@ -36,18 +35,6 @@ ERRNO = {
 Result = TypeVar("Result")
 
 
-class MountFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the program has to know; the password stands in a file of its own."""
-
-    server: str
-    port: int
-    share: str
-    user: str
-    secret_file: str
-    mountpoint: str
-    patience_s: float = 600.0
-
-
 class Share:
     """The connection to the server, made anew when it is lost."""
 
@@ -63,7 +50,7 @@ class Share:
         """Connect and log in. Raises OSError, SMBException or ValueError."""
         config = self._config
         password = Path(config.secret_file).read_text()
-        made = connect(config.server, config.port, config.user, password, self._client, self._session_id)
+        made = connect(config, password, self._client, self._session_id)
         self._connections, self._session_id = made
 
     def remote(self, path: str) -> str:

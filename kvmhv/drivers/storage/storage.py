@@ -22,10 +22,6 @@ from kvmhv.errors import CallerError, HostError
 from kvmhv.model import Access, DiskFormat, Layer, Location
 from kvmhv.places import DiskPlace
 
-ANSWER_S = 12.0
-"""A look at a share; longer than its clients' own deadlines."""
-READ_S = 6 * 3600.0
-"""A whole image."""
 THREADS = 4
 """For each location: when so many looks hang, more are refused at once."""
 
@@ -49,7 +45,9 @@ class Storage:
     def __init__(self, config: Config) -> None:
         self._directories = Directories(config, self._do)
         self._qemu_binary = config.qemu_binary
-        self._remote = remote.RemoteImages(QemuImg(config.qemu_binary))
+        self._waits = config.waits
+        self._remote = remote.RemoteImages(QemuImg(config.qemu_binary, config.waits))
+        self._answer_s = config.waits.share_answer_s
         self._attached: dict[str, Attached] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         self._stuck: dict[str, int] = {}
@@ -86,7 +84,7 @@ class Storage:
         call = threads.submit(look)
         answer = asyncio.wrap_future(call)
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(self._answer_s):
                 return await asyncio.shield(answer)
         except TimeoutError:
             if not call.cancel():  # it was begun, and hangs
@@ -234,7 +232,7 @@ class Storage:
     async def contents(self, layer: Layer, size_bytes: int, *, pace_bytes_per_s: int = 0) -> Contents:
         """Read an image without backing file that is a file here. Raises as contents.read()."""
         image = ImageFile(self.path(layer), layer.format, size_bytes)
-        return await contents.read(self._qemu_binary, image, timeout_s=READ_S, pace_bytes_per_s=pace_bytes_per_s)
+        return await contents.read(self._qemu_binary, image, waits=self._waits, pace_bytes_per_s=pace_bytes_per_s)
 
     async def lun_size(self, layer: Layer) -> int:
         """Return the virtual size of what is on a LUN. Raises CallerError `disk-spec-invalid` where there are none."""

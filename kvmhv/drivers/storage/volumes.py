@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from kvmhv.config import Waits
 from kvmhv.drivers.storage import iscsi, nfs
 from kvmhv.places import DiskPlace, Lun, NfsImage
 
 RECORD_BYTES_MAX = 500
 """A record fits one block of a LUN."""
-LOCK_S = 10.0
 LOCK_AGAIN_S = 0.05
 OWNER_SUFFIX = ".owner"
 
@@ -84,12 +84,13 @@ class ImageVolume(Volume, Protocol):
 
 def _swap_under_lock(
     name: str,
+    patience_s: float,
     lock: Callable[[str], bool],
     unlock: Callable[[str], None],
     swap: Callable[[], bool],
 ) -> bool:
     """Swap while this host alone has the file NAME.lock. Raises OSError EBUSY when another host does not let go."""
-    deadline = time.monotonic() + LOCK_S
+    deadline = time.monotonic() + patience_s
     while not lock(f"{name}.lock"):
         if time.monotonic() > deadline:
             raise OSError(errno.EBUSY, f"{name}.lock is held by another host")
@@ -103,8 +104,9 @@ def _swap_under_lock(
 class DirectoryVolume:
     """A directory of this host, which may be a mount."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, waits: Waits) -> None:
         self.root = root
+        self._lock_s = waits.share_lock_s
 
     def place(self, path: str) -> DiskPlace:
         """Return the file."""
@@ -135,7 +137,7 @@ class DirectoryVolume:
         def unlock(lock_name: str) -> None:
             (self.root / lock_name).unlink(missing_ok=True)
 
-        return _swap_under_lock(name, lock, unlock, lambda: self._swap(name, old, new))
+        return _swap_under_lock(name, self._lock_s, lock, unlock, lambda: self._swap(name, old, new))
 
     def break_lock(self, name: str) -> None:
         """Remove the lock file."""
@@ -185,12 +187,13 @@ class DirectoryVolume:
 class NfsVolume:
     """An NFS export without a mount: QEMU and kvmhv both use libnfs."""
 
-    def __init__(self, server: str, export: str) -> None:
+    def __init__(self, server: str, export: str, waits: Waits) -> None:
         self._server = server
+        self._waits = waits
         self._export = export.rstrip("/") or "/"
 
     def _connected(self) -> contextlib.AbstractContextManager[nfs.Export]:
-        return nfs.connected(self._server, self._export)
+        return nfs.connected(self._server, self._export, self._waits.share_command_s)
 
     def place(self, path: str) -> DiskPlace:
         """Return the file as QEMU's driver finds it."""
@@ -233,7 +236,9 @@ class NfsVolume:
                     export.rename(f"/{name}.new", f"/{name}")
                 return True
 
-            return _swap_under_lock(name, lock, lambda lock_name: export.unlink(f"/{lock_name}"), swap)
+            return _swap_under_lock(
+                name, self._waits.share_lock_s, lock, lambda lock_name: export.unlink(f"/{lock_name}"), swap
+            )
 
     def break_lock(self, name: str) -> None:
         """Remove the lock file."""
@@ -277,16 +282,16 @@ class LunVolume:
     FIRST_NONCE, NONCES = 4096, 1024
     """Blocks below are owners' records, by LUN."""
 
-    def __init__(self, lun: Lun, secret: str, is_own: Callable[[bytes], bool]) -> None:
+    def __init__(self, lun: Lun, secret: str, is_own: Callable[[bytes], bool], waits: Waits) -> None:
         """`lun`: the records LUN; `is_own`: whether a record is of this host."""
         self._records = lun
         self._secret = secret
+        self._waits = waits
         self._is_own = is_own
 
     @contextmanager
     def _connected(self) -> Iterator[iscsi.Target]:
-        it = self._records
-        with iscsi.connected(it.portal, it.target, it.lun, it.initiator, it.user, self._secret) as target:
+        with iscsi.connected(self._records, self._secret, self._waits) as target:
             yield target
 
     def _lun(self, path: str) -> int:
