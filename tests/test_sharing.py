@@ -7,12 +7,13 @@ from typing import cast
 
 import pytest
 
-from kvmhv.agent.sharing import TRIES, Sharing
+from kvmhv.agent.sharing import PREFIX, TRIES, Sharing
 from kvmhv.config import Waits
 from kvmhv.drivers.database import Database
 from kvmhv.drivers.storage.storage import Storage
 from kvmhv.drivers.storage.volumes import DirectoryVolume
 from kvmhv.errors import HostError
+from kvmhv.messages import Nonce
 from kvmhv.model import Disk, DiskFormat, Layer, Vm
 from tests.sim import examples
 
@@ -93,7 +94,7 @@ async def swept(host: Host) -> None:
 async def test_what_both_see_is_proven_and_nothing_is_left(hosts: tuple[Host, Host], share: Path) -> None:
     source, target = (host.sharing for host in hosts)
     challenge = await source.challenge(VM)
-    proofs = await target.prove(VM, challenge.nonces)
+    proofs = await target.prove(VM, challenge.nonces, "host1")
     assert len(within(share)) == 2
     here = await source.conclude(examples.inventory("host1"), VM, challenge, proofs)
     assert (here.proven_shared, here.not_shared) == (("share",), {})
@@ -111,7 +112,7 @@ async def test_agents_that_die_over_it_leave_nothing_beyond_their_next_start(
 ) -> None:
     source, target = hosts
     challenge = await source.sharing.challenge(VM)
-    await target.sharing.prove(VM, challenge.nonces)
+    await target.sharing.prove(VM, challenge.nonces, "host1")
     precious = precious_in(share)
     assert len(within(share)) == 3
     target.storage.answers = False
@@ -144,3 +145,17 @@ async def test_a_nonce_whose_place_is_taken_is_written_to_another(
     refused.clear()
     monkeypatch.setattr(volume, "swap_record", lambda *_swap: False)
     assert set((await hosts[0].sharing.challenge(VM)).failed) == {"share"}
+
+
+async def test_a_location_is_shown_by_what_others_have_written_there(hosts: tuple[Host, Host], share: Path) -> None:
+    source, target = (host.sharing for host in hosts)
+    told = await target.prove(VM, (Nonce(location="share", name=f"{PREFIX}guess"),), "mallory")
+    again = await target.prove(VM, (Nonce(location="share", name=told[0].name),), "mallory")
+    assert again[0].read, "it is there"
+    assert target.shown("mallory") == frozenset(), "it is the target's own"
+    challenge = await source.challenge(VM)
+    await target.prove(VM, challenge.nonces, "host1")
+    assert (target.shown("host1"), target.shown("mallory")) == ({"share"}, frozenset())
+    for proofs in (told, again):
+        target.forget_later(proofs)
+    await target.close()

@@ -46,8 +46,9 @@ KINDS = {
     "a number of a rule, an estimate": {
         *("core/blackout.py:RATE_OVER_S", "core/blackout.py:PATIENCE_MIN_S", "core/progress.py:BLACKOUT_FIXED_S"),
         *("core/progress.py:CLEANUP_S", "core/progress.py:RATE_AFTER_S", "core/progress.py:NEAR_S"),
+        "core/progress.py:IMMINENT_S",
         *("drivers/qemu/memory.py:QEMU_WINDOW_S", "agent/vm_states.py:PAUSE_MIN_S", "model.py:WAIT_MAX_S"),
-        "agent/move_queue.py:PROMISE_S",
+        *("agent/move_queue.py:PROMISE_S", "agent/sharing.py:SHOWN_S"),
     },
     "the patience of an answer of the API, or of systemd": {
         *("agent/moves.py:CANCEL_WAIT_S", "agent/moves.py:RESOLVE_WAIT_S", "agent/assembly.py:STOP_S"),

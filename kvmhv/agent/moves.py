@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import structlog
 
-from kvmhv.agent import arriving_files, events, past_moves
+from kvmhv.agent import arriving_disks, arriving_files, events, past_moves
 from kvmhv.agent.api.services import CheckReport
 from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.enquiry import Enquiry
@@ -322,7 +322,7 @@ class Moves:
     # --- as target
 
     async def _answer(self, connection: PeerConnection, move_id: str, message: Enquire, written: Written) -> Answer:
-        written.extend(await self._sharing.prove(message.vm, message.nonces))
+        written.extend(await self._sharing.prove(message.vm, message.nonces, connection.peer_name))
         with_storage = message.request.include_storage and bool(message.vm.disks)
         refusal = self._admit_in(connection, move_id, with_storage=with_storage)
         if refusal is None and message.request.queue_s is not None:
@@ -354,6 +354,8 @@ class Moves:
         here = {known.id for known in self._vms.records.taken()} | {coming.id for coming in self._vms.claims.arriving()}
         if vm.id in here:
             raise CallerError("id-taken", f"{self._config.name} has this VM already", host=self._config.name)
+        others = (*self._vms.defined(), *self._vms.claims.arriving())
+        arriving_disks.check(offer.plan, self._vms.disks, others, self._sharing.shown(peer))
         self._vms.claim(vm.name, hello.move_id, None if vm.runtime else vm)
         state = TargetState(
             move_id=hello.move_id,

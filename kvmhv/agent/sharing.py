@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+import time
 from collections.abc import Coroutine
 from functools import partial
 
@@ -26,6 +27,9 @@ KIND = "proof"
 PREFIX = ".kvmhv-proof-"
 LOCATIONS_MAX = 16
 TRIES = 5
+SHOWN_S = 600.0
+"""An offer follows what the source has shown within so long: the questions of one setup lie between."""
+SHOWN_MAX = 1000
 
 
 class Challenge(Struct, frozen=True, kw_only=True):
@@ -45,6 +49,10 @@ class Sharing:
         self._records = records
         self._kept_s = kept_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._own: dict[str, bytes] = {}
+        """What this host has written and not removed yet."""
+        self._shown: dict[tuple[str, str], float] = {}
+        """When a host has shown to see a location."""
 
     def locations(self, vm: Vm) -> tuple[str, ...]:
         """Return the VM's locations that other hosts may see."""
@@ -118,9 +126,15 @@ class Sharing:
 
     # --- target
 
-    async def prove(self, vm: Vm, nonces: tuple[Nonce, ...]) -> tuple[Proof, ...]:
+    async def prove(self, vm: Vm, nonces: tuple[Nonce, ...], source: str) -> tuple[Proof, ...]:
         """Read each nonce and write one of this host's own. `forget_later` goes with it."""
-        return tuple(await asyncio.gather(*(self._prove(vm, nonce) for nonce in nonces[:LOCATIONS_MAX])))
+        return tuple(await asyncio.gather(*(self._prove(vm, nonce, source) for nonce in nonces[:LOCATIONS_MAX])))
+
+    def shown(self, source: str) -> frozenset[str]:
+        """Return the locations at which this host has lately read what the source had written."""
+        since_s = time.monotonic() - SHOWN_S
+        self._shown = {key: at_s for key, at_s in self._shown.items() if at_s >= since_s}
+        return frozenset(location for host, location in self._shown if host == source)
 
     def forget_later(self, proofs: tuple[Proof, ...]) -> None:
         """Remove the nonces that `prove` wrote, after the source has had its time to read (and to remove) them."""
@@ -145,12 +159,16 @@ class Sharing:
             if proof.name:
                 await self._remove(proof.location, proof.name)
 
-    async def _prove(self, vm: Vm, nonce: Nonce) -> Proof:
+    async def _prove(self, vm: Vm, nonce: Nonce, source: str) -> Proof:
         if self._storage.volume(nonce.location) is None or not nonce.name.startswith(PREFIX) or "/" in nonce.name:
             return Proof(location=nonce.location, error="it has no location of that name that other hosts may see")
         volume = self._volume(nonce.location)
         try:
             read = await self._storage.ask(nonce.location, lambda: volume.read_record(nonce.name))
+            if (
+                read and read not in self._own.values() and len(self._shown) < SHOWN_MAX
+            ):  # what it was told of shows nothing
+                self._shown[source, nonce.location] = time.monotonic()
             name, content = await self._write(nonce.location)
             identities = await self._identities(vm, nonce.location)
         except KvmhvError as error:
@@ -179,8 +197,10 @@ class Sharing:
         for _ in range(TRIES):
             name, content = PREFIX + secrets.token_hex(8), secrets.token_hex(16).encode()
             self._records.put(KIND, f"{location}/{name}", b"")
+            self._own[f"{location}/{name}"] = content
             if await self._storage.ask(location, partial(volume.swap_record, name, None, content)):
                 return name, content
+            self._own.pop(f"{location}/{name}", None)
             self._records.delete(KIND, f"{location}/{name}")
         text = f"{location}: there is no room among its records"
         raise HostError("location-full", text, "does anything else write to its records LUN?")
@@ -191,6 +211,7 @@ class Sharing:
             if volume is not None:  # else the location was removed meanwhile
                 await self._storage.ask(location, partial(_remove_record, volume, name))
             self._records.delete(KIND, f"{location}/{name}")
+            self._own.pop(f"{location}/{name}", None)
 
     async def _identities(self, vm: Vm, location: str) -> dict[str, str]:
         volume = self._volume(location)

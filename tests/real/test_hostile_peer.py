@@ -147,24 +147,34 @@ def offer(pair: Pair, mallory: Stranger) -> None:
     plan = pair.a.run("vm", "check", "web01", "--to", "host2", "--include-storage").json["plan"]
     there = pair.b.left()
     vm = plan["target_vm"]
-    new = {**vm, "id": "evil", "name": "evil"}
-    disk, *others = new["disks"]
-    outside = {**disk, "layers": [{**disk["layers"][0], "path": "../../../../etc/cron.d/evil"}]}
-    copies = [{**plan["disk_copies"][0], "target_layers": outside["layers"]}, *plan["disk_copies"][1:]]
-    forged = {
-        "vm-in-move": {**plan, "target_vm": {**vm, "id": "evil"}},
-        "id-taken": {**plan, "target_vm": {**vm, "name": "evil"}},
-        "address-not-allowed": {**plan, "target_vm": new, "target_address": "0.0.0.0"},
-        "path-invalid": {**plan, "target_vm": {**new, "disks": [outside, *others]}, "disk_copies": copies},
-    }
+    pair.b.sh("head -c 1M /dev/zero > /var/lib/kvmhv/disks/precious.raw")
+    disk, *others = vm["disks"]
+
+    def named(path: str) -> list[Any]:
+        return [{**disk, "layers": [{**disk["layers"][0], "path": path}]}, *others]
+
+    new = {**vm, "id": "evil", "name": "evil", "disks": named("evil/disk0.qcow2")}
+    outside = named("../../../../etc/cron.d/evil")
+    copies = [{**plan["disk_copies"][0], "target_layers": outside[0]["layers"]}, *plan["disk_copies"][1:]]
+    forged = (
+        ("vm-in-move", {**plan, "target_vm": {**new, "name": vm["name"]}}),
+        ("id-taken", {**plan, "target_vm": {**new, "id": vm["id"]}}),
+        ("address-not-allowed", {**plan, "target_vm": new, "target_address": "0.0.0.0"}),
+        ("path-invalid", {**plan, "target_vm": {**new, "disks": outside}, "disk_copies": copies}),
+        ("disk-in-use", {**plan, "target_vm": {**new, "disks": vm["disks"]}}),  # web01's, which is on its way
+        ("disk-in-use", {**plan, "target_vm": {**new, "disks": vm["disks"]}, "disk_copies": []}),
+        ("not-shared", {**plan, "target_vm": {**new, "disks": named("precious.raw")}, "disk_copies": []}),
+        ("not-shared", {**plan, "target_vm": new, "disk_copies": []}),
+    )
     talks = []
-    for number, offered in enumerate(forged.values()):
+    for number, offered in enumerate(one for _, one in forged):
         fresh = f"{FRESH[:-1]}{number}"
         offered_frame = say("Offer", fresh, epoch=vm["epoch"], plan=offered, psk_hex="00" * 32)
         talks.append({"to": "host2", "frames": [hello(fresh, "mallory"), offered_frame], "awaits": "Refused"})
-    for code, answer in zip(forged, mallory.do(talks=talks)["talks"], strict=True):
+    for (code, _), answer in zip(forged, mallory.do(talks=talks)["talks"], strict=True):
         assert [message["error"]["code"] for message in answer["heard"]] == [code], (code, answer)
     pair.b.sh("test ! -e /etc/cron.d/evil")
+    pair.b.sh("rm /var/lib/kvmhv/disks/precious.raw")
     pair.b.is_again(there)
 
 
