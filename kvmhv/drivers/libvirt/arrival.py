@@ -129,8 +129,11 @@ def _images(vm: Vm, names: Collection[str]) -> list[tuple[Path, int]]:
 
 
 def path_of(vm: Vm, name: str) -> Path:
-    """Return the file of a disk's top layer; it is the same on every host."""
-    return Path(paths_of(domain_of(vm).xml)[name][0])
+    """Return the file of a disk's top layer; it is the same on every host. Raises HostError `libvirt-xml`."""
+    chain = paths_of(domain_of(vm).xml).get(name, ())
+    if not chain:
+        raise HostError("libvirt-xml", f"the definition of {vm.name} has no disk {name}", "see `virsh dumpxml`")
+    return Path(chain[0])
 
 
 async def make_images(vm: Vm, names: Collection[str], image_dirs: Collection[Path], timeout_s: float) -> None:

@@ -1,11 +1,18 @@
-"""What libvirt's XML says of a domain. Pure: text in, records out."""
+"""What libvirt's XML says of a domain. Pure: text in, records out.
 
+The text is libvirt's of this host, or comes with a move from another one, which may mean harm: what cannot be read is
+an HostError `libvirt-xml`.
+"""
+
+import contextlib
 import re
+from collections.abc import Iterator
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import msgspec
 
+from kvmhv.errors import HostError
 from kvmhv.model import OUTSIDE, Accel, Disk, DiskFormat, Layer, Nic, Struct, Vm
 
 NAME = "libvirt"
@@ -25,9 +32,15 @@ class Domain(Struct, frozen=True, kw_only=True):
 def vm_of(domain: Domain, sizes: dict[str, int]) -> Vm:
     """Return the domain as kvmhv's core sees it. `sizes`: virtual size by target device (`vda`).
 
-    Only disks that the guest writes are disks here: what is read only or shared is no host's own.
+    Only disks that the guest writes are disks here: what is read only or shared is no host's own. Raises HostError
+    `libvirt-xml`.
     """
-    root = ElementTree.fromstring(domain.xml)  # noqa: S314 - libvirt wrote it
+    root = _root(domain.xml)
+    with _understood():
+        return _vm(root, domain, sizes)
+
+
+def _vm(root: Element, domain: Domain, sizes: dict[str, int]) -> Vm:
     return Vm(
         id=_text(root, "uuid"),
         name=_text(root, "name"),
@@ -43,8 +56,9 @@ def vm_of(domain: Domain, sizes: dict[str, int]) -> Vm:
 
 
 def domain_of(vm: Vm) -> Domain:
-    """Return what vm_of kept."""
-    return msgspec.json.decode(vm.definition, type=Domain)
+    """Return what vm_of kept. Raises HostError `libvirt-xml`."""
+    with _understood():
+        return msgspec.json.decode(vm.definition, type=Domain)
 
 
 class Needs(Struct, frozen=True, kw_only=True):
@@ -63,8 +77,8 @@ class Needs(Struct, frozen=True, kw_only=True):
 
 
 def needs_of(xml: str) -> Needs:
-    """Return what the domain needs, as its live XML says."""
-    root = ElementTree.fromstring(xml)  # noqa: S314 - libvirt wrote it
+    """Return what the domain needs, as its live XML says. Raises HostError `libvirt-xml`."""
+    root = _root(xml)
     cpu = root.find("cpu")
     disks = [disk for disk in root.iterfind("devices/disk") if _is_read_only(disk)]
     media = [path for disk in disks if (path := _attribute(disk, "source", "file"))]
@@ -74,9 +88,7 @@ def needs_of(xml: str) -> Needs:
         accel=Accel.KVM if root.get("type") == "kvm" else Accel.TCG,
         arch=_type(root).get("arch", ""),
         machine=_type(root).get("machine", ""),
-        cpu_xml=ElementTree.tostring(cpu, encoding="unicode")
-        if cpu is not None and cpu.find("model") is not None
-        else None,
+        cpu_xml=_as_text(cpu) if cpu is not None and cpu.find("model") is not None else None,
         bridges=tuple(one.get("bridge", "") for one in sources if one.get("bridge") and not one.get("network")),
         networks=tuple(one.get("network", "") for one in sources if one.get("network")),
         files=tuple(media + boot),
@@ -85,9 +97,34 @@ def needs_of(xml: str) -> Needs:
 
 
 def paths_of(xml: str) -> dict[str, tuple[str, ...]]:
-    """Return the files of every disk, its chain from the top, by target device; read-only ones too."""
-    root = ElementTree.fromstring(xml)  # noqa: S314 - libvirt wrote it
+    """Return the files of every disk, its chain from the top, by target device; read-only ones too.
+
+    Raises HostError `libvirt-xml`.
+    """
+    root = _root(xml)
     return {_attribute(disk, "target", "dev") or "": _chain(disk) for disk in root.iterfind("devices/disk")}
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """Raise HostError `libvirt-xml` for what is no domain."""
+    try:
+        yield
+    except (ElementTree.ParseError, msgspec.MsgspecError, ValueError, KeyError, RecursionError) as error:
+        text = f"what libvirt says of a domain cannot be read: {str(error)[:200]}"
+        raise HostError("libvirt-xml", text, "see `virsh dumpxml`; is libvirt newer than kvmhv?") from error
+
+
+def _root(xml: str) -> Element:
+    with _understood():
+        if "<!" in xml.replace("<!--", "").replace("<![CDATA[", ""):  # nothing that libvirt writes, and it can grow
+            raise ValueError("it declares entities")
+        return ElementTree.fromstring(xml)  # noqa: S314 - without entities
+
+
+def _as_text(element: Element) -> str:
+    with _understood():
+        return ElementTree.tostring(element, encoding="unicode")
 
 
 def _disk(disk: Element, sizes: dict[str, int]) -> Disk | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from kvmhv.config import Waits
+from kvmhv.model import COUNT_MAX
 from kvmhv.places import Lun
 
 LIBRARIES = ("libiscsi.so.7", "libiscsi.so.8", "libiscsi.so.9", "libiscsi.so.10")
@@ -25,6 +26,10 @@ ATTENTIONS_MAX = 4
 RESERVE_AGAIN_S = 0.05
 VPD_IDENTIFICATION = 0x83
 INQUIRY_BYTES = 255
+
+
+BLOCKS = frozenset(512 << doubled for doubled in range(8))
+LUN_MASK = 0x3FFF
 
 
 class _Sense(ctypes.Structure):
@@ -76,6 +81,14 @@ def _load() -> ctypes.CDLL:
     raise OSError(errno.ENOPKG, "there is no libiscsi on this host (Debian: qemu-block-extra brings it)")
 
 
+def _unpacked(form: str, data: bytes, at: int = 0) -> tuple[int, ...]:
+    """Read what a target has answered. Raises OSError if it is too short."""
+    try:
+        return struct.unpack_from(form, data, at)
+    except struct.error as error:
+        raise OSError(errno.EIO, f"the target's answer cannot be read: {error}") from error
+
+
 class Target:
     """A session with one target. Make it with `connected`."""
 
@@ -98,7 +111,8 @@ class Target:
             try:
                 found = task.contents
                 if found.status == GOOD:
-                    return bytes(found.datain.data[: found.datain.size]) if found.datain.size > 0 else b""
+                    there = found.datain.size > 0 and found.datain.data
+                    return bytes(found.datain.data[: found.datain.size]) if there else b""
                 if found.status == RESERVATION_CONFLICT:
                     raise PermissionError(errno.EACCES, f"{command}: another initiator has reserved the LUN")
                 if found.status != CHECK_CONDITION or found.sense.key != UNIT_ATTENTION:
@@ -109,15 +123,18 @@ class Target:
 
     def capacity(self, lun: int) -> tuple[int, int]:
         """Return (bytes, bytes of a block) of a LUN."""
-        data = self._run("readcapacity16", lun)
-        last, block = struct.unpack_from(">QI", data)
+        last, block = _unpacked(">QI", self._run("readcapacity16", lun))
+        if block not in BLOCKS or (last + 1) * block > COUNT_MAX:
+            raise OSError(errno.EIO, f"readcapacity16: {last + 1} blocks of {block} bytes are no LUN")
         return (last + 1) * block, block
 
     def luns(self) -> tuple[int, ...]:
         """Return the numbers of the target's LUNs (flat addressing)."""
         data = self._run("reportluns", 0, 4096)
-        (length,) = struct.unpack_from(">I", data)
-        numbers = [struct.unpack_from(">H", data, 8 + at)[0] & 0x3FFF for at in range(0, min(length, len(data) - 8), 8)]
+        (length,) = _unpacked(">I", data)
+        length -= length % 8
+        places = range(8, min(length, len(data) - 8) + 8, 8)
+        numbers = {_unpacked(">H", data, at)[0] & LUN_MASK for at in places}
         return tuple(sorted(numbers))
 
     def identity(self, lun: int) -> str:

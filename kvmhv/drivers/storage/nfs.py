@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvmhv.model import COUNT_MAX
+
 LIBRARIES = ("libnfs.so.14", "libnfs.so.13", "libnfs.so.16")
 NEW_ORDER = "libnfs.so.16"
 """From libnfs 6 on the buffer stands before count and offset."""
@@ -51,7 +53,8 @@ class Export:
         result = int(getattr(self._library, function)(self._context, *arguments))
         if result < 0:
             said = self._library.nfs_get_error(self._context)
-            raise OSError(-result, (said or os.strerror(-result).encode()).decode(errors="replace"))
+            number = -result if -result in errno.errorcode else errno.EIO
+            raise OSError(number, (said or os.strerror(number).encode()).decode(errors="replace"))
         return result
 
     @contextmanager
@@ -74,6 +77,8 @@ class Export:
         """Return (length, allocated bytes) of a file."""
         found = _Stat()
         self._call("nfs_stat64", path.encode(), ctypes.byref(found))
+        if max(found.size, found.used) > COUNT_MAX:
+            raise OSError(errno.EIO, f"{path}: no file has {found.size} bytes")
         return found.size, found.used
 
     def make(self, path: str, content: bytes, size_bytes: int = 0) -> None:
@@ -95,7 +100,10 @@ class Export:
             chunk = content[done : done + 65536]
             offset, count = ctypes.c_uint64(done), ctypes.c_uint64(len(chunk))
             order = (chunk, count, offset) if self._new_order else (offset, count, chunk)
-            done += self._call("nfs_pwrite", handle, *order)
+            written = self._call("nfs_pwrite", handle, *order)
+            if not 0 < written <= len(chunk):
+                raise OSError(errno.EIO, f"the server says that it has written {written} of {len(chunk)} bytes")
+            done += written
         self._call("nfs_fsync", handle)
 
     def read(self, path: str, limit_bytes: int) -> bytes | None:

@@ -19,7 +19,7 @@ from kvmhv.drivers.storage.directory import DEFAULT, Directories, in_a_thread
 from kvmhv.drivers.storage.qemu_img import ImageFile, QemuImg
 from kvmhv.drivers.storage.volumes import DirectoryVolume, ImageVolume, LunVolume, Volume
 from kvmhv.errors import CallerError, HostError
-from kvmhv.model import Access, DiskFormat, Layer, Location
+from kvmhv.model import COUNT_MAX, Access, DiskFormat, Layer, Location
 from kvmhv.places import DiskPlace
 
 THREADS = 4
@@ -118,7 +118,7 @@ class Storage:
     async def _location(self, name: str, it: Attached) -> Location:
         silent, free, total = False, 0, 0
         try:
-            free, total = await self.ask(name, it.volume.space)
+            free, total = (min(size, COUNT_MAX) for size in await self.ask(name, it.volume.space))
         except HostError:
             silent = True
         return Location(
