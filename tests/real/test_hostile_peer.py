@@ -148,10 +148,13 @@ def offer(pair: Pair, mallory: Stranger) -> None:
     there = pair.b.left()
     vm = plan["target_vm"]
     pair.b.sh("head -c 1M /dev/zero > /var/lib/kvmhv/disks/precious.raw")
-    disk, *others = vm["disks"]
 
     def named(path: str) -> list[Any]:
-        return [{**disk, "layers": [{**disk["layers"][0], "path": path}]}, *others]
+        """The VM's disks under other names: PATH, PATH1, ..."""
+        return [
+            {**disk, "layers": [{**disk["layers"][0], "path": f"{path}{number or ''}"}]}
+            for number, disk in enumerate(vm["disks"])
+        ]
 
     new = {**vm, "id": "evil", "name": "evil", "disks": named("evil/disk0.qcow2")}
     outside = named("../../../../etc/cron.d/evil")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmhv.config import Config, from_data
+from kvmhv.config import Config, Waits, from_data
 from kvmhv.drivers.storage.directory import Directories
-from kvmhv.drivers.storage.qemu_img import ANSWER_S
 from kvmhv.errors import CallerError, HostError
 from kvmhv.lab import tree
 from kvmhv.model import MIB, DiskFormat, Layer
@@ -258,7 +257,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.timeout(ANSWER_S * 4)
+@pytest.mark.timeout(Waits().image_look_s * 4)
 async def test_what_is_no_disk_is_refused_with_the_reason(
     disks: Directories, config: Config, broken: dict[str, Path], outside: Path
 ) -> None:

@@ -48,7 +48,7 @@ def _vm(root: Element, domain: Domain, sizes: dict[str, int]) -> Vm:
         cpus=int(_text(root, "vcpu") or 1),
         machine=_type(root).get("machine", ""),
         cpu=_text(root, "cpu/model") or _attribute(root, "cpu", "mode") or "default",
-        disks=tuple(disk for one in root.iterfind("devices/disk") if (disk := _disk(one, sizes)) is not None),
+        disks=tuple(disk for one in _named(root).values() if (disk := _disk(one, sizes)) is not None),
         nics=tuple(_nic(number, one) for number, one in enumerate(root.iterfind("devices/interface[mac]"))),
         runtime=NAME,
         definition=msgspec.json.encode(domain).decode(),
@@ -102,7 +102,18 @@ def paths_of(xml: str) -> dict[str, tuple[str, ...]]:
     Raises HostError `libvirt-xml`.
     """
     root = _root(xml)
-    return {_attribute(disk, "target", "dev") or "": _chain(disk) for disk in root.iterfind("devices/disk")}
+    with _understood():
+        return {name: _chain(disk) for name, disk in _named(root).items()}
+
+
+def _named(root: Element) -> dict[str, Element]:
+    """Return the disks by target device. Raises ValueError if two have the same."""
+    found: dict[str, Element] = {}
+    for disk in root.iterfind("devices/disk"):
+        name = _attribute(disk, "target", "dev") or ""
+        if found.setdefault(name, disk) is not disk:
+            raise ValueError(f"two disks are {name!r}")
+    return found
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import errno
 import math
 import socket
 import threading
@@ -107,10 +108,13 @@ def connect(to: MountFile, password: str, client: UUID, previous_session: int) -
             connection, username=to.user, password=password, require_encryption=True, auth_protocol="ntlm"
         )
         session.connect()
-    except BaseException:
+    except BaseException as error:
         if connection.transport is not None:
             _close(connection)
-        raise
+        if isinstance(error, OSError | SMBException | ValueError) or not isinstance(error, Exception):
+            raise
+        # smbprotocol trips over an answer that is none: KeyError, TypeError, struct.error, ...
+        raise ConnectionError(errno.EPROTO, f"{to.server} port {to.port} answers what is no SMB: {error!r}") from error
     return Connections({f"{to.server.lower()}:{to.port}": connection}), session.session_id
 
 
