@@ -26,7 +26,7 @@ def disks(tmp_path: Path) -> VmDisks:
     share = DirectoryVolume(tmp_path / "share", Waits())
     storage.attach("share", Attached("nfs", share, "nfs:server:/vms", Access.DIRECTORY, "share"))
     nothing: Any = None
-    return VmDisks(nothing, storage, nothing, None)
+    return VmDisks(nothing, storage, nothing, None, nothing)
 
 
 def vm(name: str, *layers: str, runtime: str = "") -> Vm:
