@@ -1,5 +1,6 @@
 """drivers/storage/directory.py where no qemu-img is needed: paths that stay inside, raw images, removal."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,14 @@ async def test_locations_say_their_space(disks: Directories, root: Path) -> None
     assert (gone.name, gone.free_bytes, gone.total_bytes) == ("gone", 0, 0)
     root.rmdir()  # noqa: ASYNC240
     assert (await disks.locations())[0].total_bytes == default.total_bytes
+
+
+async def test_a_location_whose_disk_fails_is_described_all_the_same(
+    disks: Directories, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path, *_: object, **__: object) -> bool:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(Path, "exists", failing)
+    default = next(location for location in await disks.locations() if location.name == "default")
+    assert (default.path, default.free_bytes, default.total_bytes) == (str(root), 0, 0)

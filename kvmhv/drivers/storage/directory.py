@@ -292,9 +292,9 @@ class Directories:
 def describe_location(name: str, root: Path) -> Location:
     """Describe a location; `default`, whose directory is made at its first use, has its parent's space until then."""
     there = root
-    if name == DEFAULT:
-        there = next((directory for directory in (root, *root.parents) if directory.exists()), root)
     try:
+        if name == DEFAULT:
+            there = next((directory for directory in (root, *root.parents) if directory.exists()), root)
         space = shutil.disk_usage(there)
     except OSError:
         return Location(name=name, path=str(root))
