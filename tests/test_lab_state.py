@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -94,6 +96,24 @@ def test_a_waiter_gets_the_lock_although_its_file_was_removed() -> None:
         thread.join()
     assert len(most) == 60
     assert max(most) == 1
+
+
+def test_what_a_killed_holder_has_begun_keeps_the_lock_until_it_ends() -> None:
+    path = states.RUN_DIR / ".x.lock"
+    killed = f"""
+import os, pathlib, subprocess
+from kvmhv.lab import state
+with state.lock(pathlib.Path({str(path)!r}), "x"):
+    subprocess.Popen(["cat"], pass_fds=state.held_locks())
+    os.kill(os.getpid(), 9)
+"""
+    with subprocess.Popen([sys.executable, "-c", killed], stdin=subprocess.PIPE) as holder:
+        holder.wait(30)
+        with pytest.raises(HostError), states.lock(path, "x", timeout_s=0):
+            pytest.fail("two at it")
+    with states.lock(path, "x", timeout_s=5):  # its input has ended, and it with that
+        assert states.held_locks()
+    assert states.held_locks() == ()
 
 
 def test_removing_files_touches_one_lab_only() -> None:

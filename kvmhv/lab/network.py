@@ -11,15 +11,23 @@ from collections.abc import Sequence
 from kvmhv.errors import HostError
 from kvmhv.lab import plan as plans
 from kvmhv.lab.plan import LabPlan, namespace, parse_namespace
-from kvmhv.lab.state import NETNS_DIR
+from kvmhv.lab.state import NETNS_DIR, held_locks
 
 _IP_TIMEOUT_S = 30.0
 _MNT_DETACH = 2
 
 
 def _run(argv: Sequence[str], lines: Sequence[str] = ()) -> None:
+    """Run a program. A command that is killed leaves it behind for a moment: with the lab's lock, so that who comes
+    next does not meet it."""
     done = subprocess.run(
-        argv, input="\n".join(lines) + "\n", text=True, capture_output=True, timeout=_IP_TIMEOUT_S, check=False
+        argv,
+        input="\n".join(lines) + "\n",
+        text=True,
+        capture_output=True,
+        timeout=_IP_TIMEOUT_S,
+        check=False,
+        pass_fds=held_locks(),
     )
     if done.returncode:
         said = (done.stderr or done.stdout).strip()

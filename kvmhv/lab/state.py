@@ -99,6 +99,9 @@ def load(lab: str) -> LabState:
     return state
 
 
+_held: set[int] = set()
+
+
 @contextmanager
 def lock(path: Path, what: str, timeout_s: float = LOCK_TIMEOUT_S, *, keep: bool = False) -> Iterator[None]:
     """Hold `path` alone. It is removed afterwards unless `keep`. The kernel frees it when its holder dies.
@@ -118,12 +121,19 @@ def lock(path: Path, what: str, timeout_s: float = LOCK_TIMEOUT_S, *, keep: bool
             todo = f"wait for it, or look for it with: fuser -v {path}"
             raise HostError("lab-busy", f"{what}: another command has been at it for {timeout_s:.0f} s", todo)
         time.sleep(0.05)
+    _held.add(descriptor)
     try:
         yield
     finally:
+        _held.discard(descriptor)
         if not keep:
             path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def held_locks() -> tuple[int, ...]:
+    """Return what a program is given that must have ended before a lock is free, whatever becomes of this process."""
+    return tuple(_held)
 
 
 def _locked(descriptor: int) -> bool:
