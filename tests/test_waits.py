@@ -39,7 +39,6 @@ KINDS = {
         *(
             "drivers/qemu/probe.py:DIES_S",
             "drivers/storage/qemu_img.py:DIES_S",
-            "drivers/storage/contents.py:DIES_S",
             "drivers/peer.py:CLOSE_S",
         ),
     },

@@ -165,9 +165,8 @@ class Sharing:
         volume = self._volume(nonce.location)
         try:
             read = await self._storage.ask(nonce.location, lambda: volume.read_record(nonce.name))
-            if (
-                read and read not in self._own.values() and len(self._shown) < SHOWN_MAX
-            ):  # what it was told of shows nothing
+            its_own = read in self._own.values()  # the source may have that from this host: it shows nothing
+            if read and not its_own and len(self._shown) < SHOWN_MAX:
                 self._shown[source, nonce.location] = time.monotonic()
             name, content = await self._write(nonce.location)
             identities = await self._identities(vm, nonce.location)

@@ -8,6 +8,7 @@ to be zero is not read.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import socket
 import struct
@@ -16,13 +17,12 @@ import time
 from typing import NamedTuple
 
 from kvmhv.config import Waits
-from kvmhv.drivers.storage.qemu_img import ImageFile, QemuImg, find
+from kvmhv.drivers.storage.qemu_img import DIES_S, ImageFile, QemuImg, end_by_force, find
 from kvmhv.errors import HostError
 
 BLOCK_BYTES = 1 << 20
 ZEROS = bytes(BLOCK_BYTES)
 """For one block."""
-DIES_S = 5.0
 START = 'export LISTEN_PID=$$ LISTEN_FDS=1; exec "$@" 3<&0 </dev/null'
 """Hands the socket over as systemd does (sd_listen_fds(3)): the process names itself, so only a shell can say it."""
 
@@ -88,19 +88,16 @@ async def _served(
             ended.set()
             own.shutdown(socket.SHUT_RDWR)
             await asyncio.gather(reading, return_exceptions=True)
-            await _end(process)
+            if process.returncode is None:
+                await end_by_force(process)
 
 
 async def _last_words(process: asyncio.subprocess.Process) -> str:
     process.kill()
-    return (await process.communicate())[1].decode(errors="replace").strip()[-500:]
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.kill()
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DIES_S):
-            await process.wait()
+            return (await process.communicate())[1].decode(errors="replace").strip()[-500:]
+    return ""
 
 
 def _digest(
