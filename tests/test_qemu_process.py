@@ -107,9 +107,9 @@ async def test_a_connection_is_cut_from_outside(tmp_path: Path) -> None:
             assert child.cut("127.0.0.2", (port,)) == 0
             assert child.cut("127.0.0.1", (port + 1,)) == 0
             assert not child.gone
-            assert child.keep_queues_short("127.0.0.2", (port,)) == 0
-            assert child.keep_queues_short("127.0.0.1", (port,)) == 1
+            assert child.limit_unsent("127.0.0.2", (port,), 4096) == 0
+            assert child.limit_unsent("127.0.0.1", (port,), 131072) == 1
             assert child.cut("127.0.0.1", (port + 1, port)) == 1
             assert await child.wait_gone(10)
     assert child.exit_status == 0
-    assert (tmp_path / "log").read_text() == f"connected\n0\n{process.UNSENT_MAX_BYTES}\n"
+    assert (tmp_path / "log").read_text() == "connected\n0\n131072\n"

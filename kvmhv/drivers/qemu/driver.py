@@ -14,6 +14,7 @@ from kvmhv.drivers.qemu.instance import Instance, marks
 from kvmhv.drivers.qemu.nodes import check_inactive
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
+from kvmhv.drivers.qemu.send_queues import SendQueues
 from kvmhv.drivers.qemu.storage_moves import StorageMoves
 from kvmhv.errors import HostError
 from kvmhv.model import MIB, IncomingAddress, Plan, QemuInfo, Vm, VmFacts
@@ -200,12 +201,20 @@ class Qemu(StorageMoves):
         touched = await asyncio.to_thread(process.guest_memory_bytes, instance.process.pid, vm.memory_bytes)
         await memory.begin(instance.qmp, plan, address.memory_port, instance.cut, touched, self._config.waits)
         instance.may_send_bytes_per_s = plan.rule.bandwidth_bytes_per_s or memory.UNLIMITED_BYTES_PER_S
-        instance.process.keep_queues_short(plan.target_address, (address.memory_port,))
+        instance.queues = SendQueues(
+            instance.process,
+            plan.target_address,
+            (address.memory_port,),
+            touched_bytes=touched,
+            ratio=plan.channels.ratio,
+        )
 
     async def memory_stats(self, vm_id: str) -> MemoryStats:
         """Return query-migrate; status `lost` when QMP does not answer in time."""
         instance = await self._instance(vm_id)
         stats = await memory.stats(instance.qmp, self._config.waits.memory_stats_s)
+        if instance.queues is not None:
+            instance.queues.fit(stats)
         sampled = await instance.dirty_sample.read(instance.qmp)
         return msgspec.structs.replace(stats, sampled_dirty_bytes_per_s=sampled)
 

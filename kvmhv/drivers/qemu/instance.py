@@ -15,6 +15,7 @@ from kvmhv.drivers.qemu.dirty_rate import FineSample
 from kvmhv.drivers.qemu.process import Process
 from kvmhv.drivers.qemu.qmp import HANGS, Event, Qmp, QmpLog, QmpLost, QmpRefused
 from kvmhv.drivers.qemu.rundir import VmDir, keep_json, read_json
+from kvmhv.drivers.qemu.send_queues import SendQueues
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.model import Accel, IncomingAddress
 from kvmhv.ports import QemuEvent, RunState
@@ -60,6 +61,8 @@ class Instance:
         self.dirty_sample = FineSample()
         self.may_send_bytes_per_s: int | None = None
         """While the guest runs and its memory is sent: how fast that may go by the plan."""
+        self.queues: SendQueues | None = None
+        """And what the kernel holds of it."""
         self.name = _argument(argv, "-name").removeprefix("guest=").split(",")[0] or directory.vm_id
         self.accel = Accel.KVM if f"accel={Accel.KVM}" in _argument(argv, "-machine") else Accel.TCG
         self._now_ms = now_ms
@@ -184,11 +187,11 @@ class Instance:
     def guest_stops(self) -> None:
         """What belongs to a running guest that is sent ends before it is told to stop: no limit may come after that."""
         self.dirty_sample.end()
-        self.may_send_bytes_per_s = None
+        self.may_send_bytes_per_s = self.queues = None
 
     def forget_peer(self) -> None:
         """The move has ended."""
-        self.may_send_bytes_per_s = None
+        self.may_send_bytes_per_s = self.queues = None
         self.directory.peer.unlink(missing_ok=True)
 
     async def close(self) -> None:

@@ -24,8 +24,6 @@ PIDFD_GETFD = 438
 TCP_NOTSENT_LOWAT = 25
 """Linux' number of the option; Python has no name for it."""
 TCP_INFO_BYTES = 256
-UNSENT_MAX_BYTES = 128 * 1024
-"""What a connection may hold that was not sent yet: no network of some Gbit/s waits for more."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -73,17 +71,17 @@ class Process:
         """
         return self._each_connection(ip, ports, lambda connection: connection.shutdown(socket.SHUT_RDWR))
 
-    def keep_queues_short(self, ip: str, ports: tuple[int, ...]) -> int:
-        """Let the process's connections to these ports of a host take only a little more than is under way.
+    def limit_unsent(self, ip: str, ports: tuple[int, ...], unsent_max_bytes: int | None) -> int:
+        """Let the process's connections to these ports of a host take only so much more than is under way.
 
-        What it has handed over is then nearly what the other side has: megabytes that wait in a socket's buffer are in
-        nobody's count of what remains, and a blackout has to wait for them. Returns how many connections there were.
+        None leaves it to the kernel. The window may still grow as the network wants it. Returns how many connections
+        there were.
         """
 
-        def shorten(connection: socket.socket) -> None:
-            connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_MAX_BYTES)
+        def limit(connection: socket.socket) -> None:
+            connection.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, unsent_max_bytes or 0)
 
-        return self._each_connection(ip, ports, shorten)
+        return self._each_connection(ip, ports, limit)
 
     def sent_bytes(self, ip: str, ports: tuple[int, ...]) -> dict[int, int]:
         """Return what each of the process's connections to these ports of a host has sent, by its local port.
