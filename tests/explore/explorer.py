@@ -1,19 +1,23 @@
 """Every interleaving of a handover with up to so many faults: is each world safe, and does each run of it end?
 
 Worlds are explored by the number of their faults, so none is visited again with more of them. Those that a fault does
-not part are gone through depth first, and a world that follows from itself is a run that never ends. Where nothing
-happens any more, time passes: the timers go off, in every order. So every run ends in which nothing breaks any more.
+not part are gone through in rounds, all worlds that are as far from the fault at once. Where nothing happens any more,
+time passes: the timers go off, in every order. A circle among them would be a run that never ends; there is none, so
+every run ends in which nothing breaks any more.
 """
 
-from collections import deque
+import contextlib
 from itertools import pairwise
+
+import numpy as np
 
 from kvmhv.core.handover import HandoverViolation
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target_state import TargetState
 from kvmhv.model import Outcome
 from tests.explore import acts
-from tests.explore.packing import Packing
+from tests.explore.packing import Edges, Packing
+from tests.explore.tables import NONE, Numbers, among, merged, spread
 from tests.explore.transitions import HOSTS, Bounds
 from tests.explore.world import Violation, World
 
@@ -26,11 +30,19 @@ TOLD_WORLDS = 60
 class Found(Exception):
     """An invariant was broken; the text is the trace, which is only searched for when somebody wants to read it."""
 
-    def __init__(self, explorer: "Explorer", way: list[int], end: str) -> None:
-        self._explorer, self._way, self._end = explorer, way, end
+    def __init__(self, explorer: "Explorer", end: str) -> None:
+        self._explorer, self._end = explorer, end
 
     def __str__(self) -> str:
-        return self._explorer.told(self._way, self._end)
+        return self._explorer.told(self._end)
+
+
+class NeverEnds(Violation):
+    """These worlds follow from each other, and none of them comes to an end."""
+
+    def __init__(self, run: list[int]) -> None:
+        super().__init__("it never ends")
+        self.run = run
 
 
 class Explorer(Packing):
@@ -38,71 +50,88 @@ class Explorer(Packing):
 
     def __init__(self, bounds: Bounds) -> None:
         super().__init__(bounds)
-        self.visited: set[int] = set()
+        self.visited = NONE
+        """Sorted."""
         self.by_faults: list[int] = []
         """How many worlds need so many faults."""
         self.ways_back: set[int] = set()
         """How the way back begins, whatever the first move went through."""
         self.standing = 0
         self.ends: dict[str, int] = {}
+        self._steps_taken: list[Edges] = []
+        """From which world to which one, in the order in which they were found."""
+        self._frontier = NONE
+        self._run: list[int] = []
 
     # --- exploring
 
     def explore(self) -> int:
         """Visit every world; raises Found with a trace. Returns how many there are."""
-        begins = [self.begin()]
-        for faults in range(self.bounds.faults + 1):
-            before = len(self.visited)
-            begins = self._explore_level(begins, last=faults == self.bounds.faults)
-            self.by_faults.append(len(self.visited) - before)
-        return len(self.visited)
+        try:
+            begins = np.array([self.begin()])
+            for faults in range(self.bounds.faults + 1):
+                level = self._explore_level(begins)
+                self.by_faults.append(level.size)
+                if faults < self.bounds.faults:
+                    self._frontier = level
+                    begins = self._new(level, *self.badly(level))
+        except NeverEnds as error:
+            self._run = error.run
+            raise Found(self, f"Violation: {error}") from error
+        except (AssertionError, HandoverViolation) as error:
+            raise Found(self, f"{type(error).__name__}: {error}") from error
+        return self.visited.size
 
     def begin(self) -> int:
         """Return the world in which the move that is explored begins."""
         first = self.pack(self.first())
         if self.bounds.move == 0:
             return first
-        self._explore_level([first], last=True)
+        self._explore_level(np.array([first]))
         (back,) = self.ways_back
-        self.visited.clear()
+        self.visited = NONE
+        self._steps_taken.clear()
+        self.ends.clear()
         return back
 
-    def _explore_level(self, begins: list[int], *, last: bool) -> list[int]:
-        """Visit what follows without another fault; returns what follows with one."""
-        visited, following, badly = self.visited, self.following, self.badly
-        broken: set[int] = set()
-        under_way: set[int] = set()
-        stack = begins
-        while stack:
-            world = stack.pop()
-            if world < 0:  # all that follows from it has been visited
-                under_way.discard(~world)
-                continue
-            if world in visited:
-                continue
-            visited.add(world)
-            under_way.add(world)
-            stack.append(~world)
-            try:
-                for after in following(world):
-                    if after not in visited:
-                        stack.append(after)
-                    elif after in under_way:
-                        raise Violation("it never ends")
-                if len(under_way) > LONGEST_RUN:
-                    raise Violation("it goes on and on")
-                if not last:
-                    broken.update(badly(world))
-            except (AssertionError, HandoverViolation) as error:
-                way = [~one for one in stack if one < 0]
-                raise Found(self, way, f"{type(error).__name__}: {error}") from error
-        return [world for world in broken if world not in visited]
+    def _explore_level(self, begins: Numbers) -> Numbers:
+        """Visit what follows without another fault; returns it, sorted."""
+        level, before = NONE, len(self._steps_taken)
+        frontier = begins
+        for _ in range(LONGEST_RUN):
+            self._frontier = frontier
+            level = merged(level, frontier)
+            new = self._new(frontier, *self._following(frontier))
+            frontier = new[~among(level, new)]
+            if not frontier.size:
+                break
+        else:
+            raise Violation("it goes on and on")
+        check_that_it_ends(level, self._steps_taken[before:])
+        self.visited = merged(self.visited, level)
+        return level
 
-    def following(self, packed: int) -> list[int]:
-        """Return what follows from a world without another fault; checks the world if that is nothing."""
-        found = self.calmly(packed)
-        if found:
-            return found
+    def _new(self, worlds: Numbers, at: Numbers, after: Numbers) -> Numbers:
+        """Keep these steps; returns where they lead that was not visited in an earlier level, sorted."""
+        self._steps_taken.append((worlds[at], after))
+        found = np.unique(after)
+        return found[~among(self.visited, found)]
+
+    def _following(self, worlds: Numbers) -> Edges:
+        """Return what follows from worlds without another fault; checks those from which nothing does."""
+        at, after = self.calmly(worlds)
+        later = [
+            (position, world)
+            for position in np.flatnonzero(np.bincount(at, minlength=worlds.size) == 0).tolist()
+            for world in self._after_calm(int(worlds[position]))
+        ]
+        if later:
+            more = np.array(later, np.int64)
+            at, after = np.concatenate((at, more[:, 0])), np.concatenate((after, more[:, 1]))
+        return at, after
+
+    def _after_calm(self, packed: int) -> list[int]:
+        """Return what time brings where nothing happens any more; checks the world if that is nothing."""
         world = self.unpack(packed)
         if self.has_ended(packed):
             self._check_end(world)
@@ -117,47 +146,51 @@ class Explorer(Packing):
 
     # --- telling
 
-    def told(self, way: list[int], end: str) -> str:
-        """Return how it came to this, with the fewest faults and steps; of a run that never ends, its last worlds."""
-        shortest = self._shortest(last=len(self.by_faults)) or way[-TOLD_WORLDS:]
-        lines = [self.show(self.unpack(shortest[0]))]
-        for before, after in pairwise(shortest):
+    def told(self, end: str) -> str:
+        """Return how it came to this, with the fewest faults; of a run that never ends, its last worlds."""
+        if self._run:
+            way = (self._way_to(self._run[0]) + self._run[1:])[-TOLD_WORLDS:]
+        else:
+            broken, end = self._broken(end)
+            way = self._way_to(broken)
+        lines = [self.show(self.unpack(way[0]))]
+        for before, after in pairwise(way):
             lines.append(f"  {self._label(before, after)}\n      {self.show(self.unpack(after))}")
         return "\n".join([*lines, end])
 
-    def _shortest(self, last: int) -> list[int]:
-        """Return the shortest way to a world from which a step breaks an invariant; empty if there is none."""
-        first = self.begin()
-        parents: dict[int, int | None] = {first: None}
-        levels = [deque([first]), *(deque[int]() for _ in range(last))]
-        for faults, level in enumerate(levels):
-            while level:
-                world = level.popleft()
-                try:
-                    found = [(after, level) for after in self.following(world)]
-                    if faults < last:
-                        found += [(after, levels[faults + 1]) for after in self.badly(world)]
-                except (AssertionError, HandoverViolation):
-                    way: list[int] = []
-                    at: int | None = world
-                    while at is not None:
-                        way.append(at)
-                        at = parents[at]
-                    return way[::-1]
-                for after, there in found:
-                    if after not in parents:
-                        parents[after] = world
-                        there.append(after)
-        return []
+    def _broken(self, end: str) -> tuple[int, str]:
+        """Return the first world from which a step breaks an invariant, and which."""
+        for world in self._frontier.tolist():
+            try:
+                self._following(np.array([world]))
+                self.badly(np.array([world]))
+            except (AssertionError, HandoverViolation) as error:
+                return world, f"{type(error).__name__}: {error}"
+        return int(self._frontier[0]), end
+
+    def _way_to(self, world: int) -> list[int]:
+        """Return the worlds that lead to one, by the step that found each first."""
+        way = [world]
+        found_by = len(self._steps_taken)
+        while True:
+            for number, (before, after) in enumerate(self._steps_taken[:found_by]):
+                at = np.flatnonzero(after == way[-1])
+                if at.size:
+                    way.append(int(before[at[0]]))
+                    found_by = number
+                    break
+            else:
+                return way[::-1]
 
     def _label(self, before: int, after: int) -> str:
         """Return what leads from a world to another one."""
         world = self.unpack(before)
         for steps_of in (self.healthy_of, self.timers_of, self.faults_of):
             for index in (0, 1):
-                for label, found in steps_of(world, index):
-                    if self.pack(found) == after:
-                        return label
+                with contextlib.suppress(AssertionError, HandoverViolation):  # another step breaks something, too
+                    for label, found in steps_of(world, index):
+                        if self.pack(found) == after:
+                            return label
         return "they connect" if self.unpack(after).link else "CUT"
 
     def show(self, world: World) -> str:
@@ -227,3 +260,33 @@ class Explorer(Packing):
             raise Violation("the source still copies after the end")
         outcome = reports[0].outcome
         self.ends[str(outcome)] = self.ends.get(str(outcome), 0) + 1
+
+
+def check_that_it_ends(level: Numbers, steps: list[Edges]) -> None:
+    """Raise NeverEnds if these steps lead from some worlds of a level round in a circle.
+
+    The worlds from which all steps lead to an end are taken away, from the ends on: nothing may be left.
+    """
+    before = np.concatenate([one for one, _ in steps])
+    after = np.concatenate([one for _, one in steps])
+    within = among(level, after)
+    before, after = np.searchsorted(level, before[within]), np.searchsorted(level, after[within])
+    open_steps = np.bincount(before, minlength=level.size)
+    count = np.bincount(after, minlength=level.size)
+    first = np.cumsum(count) - count
+    into = before[np.argsort(after, kind="stable")]
+    ended = np.flatnonzero(open_steps == 0)
+    while ended.size:
+        taken = into[spread(first[ended], count[ended])]
+        open_steps -= np.bincount(taken, minlength=level.size)
+        open_steps[ended] = -1
+        ended = np.unique(taken)
+        ended = ended[open_steps[ended] == 0]
+    left = np.flatnonzero(open_steps > 0)
+    if left.size:
+        endless = (open_steps[before] > 0) & (open_steps[after] > 0)
+        onward = dict(zip(before[endless].tolist(), after[endless].tolist(), strict=True))
+        run = [int(left[0])]
+        while run.count(run[-1]) == 1:
+            run.append(onward[run[-1]])
+        raise NeverEnds([int(level[one]) for one in run])

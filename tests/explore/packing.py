@@ -1,12 +1,15 @@
 """Worlds as numbers: what a host does next is worked out once for all worlds that look the same from there.
 
 A host's next steps depend on itself, on what it can reach of the other host (`_seen`), and on three flags. So a world
-is a number, and most of what follows from it is looked up.
+is a number, and what follows from many worlds is looked up at once.
 """
 
 from collections.abc import Callable, Iterator
 
-from tests.explore.transitions import Bounds, Next, Transitions
+import numpy as np
+
+from tests.explore.tables import Column, Numbers, Table, spread
+from tests.explore.transitions import Bounds, Next, Transitions, connected, cut_off
 from tests.explore.world import LOST, Host, World
 
 MARK = -9
@@ -15,8 +18,34 @@ BITS = 24
 LOW = (1 << BITS) - 1
 LINK, CRASHED, MOVE = 1, 2, 4
 FLAGS = 7
-Steps = tuple[tuple[int, int, int], ...]
-"""Each step: what the host becomes, what is done to the other one, the flags."""
+Edges = tuple[Numbers, Numbers]
+"""Steps: the position of the world that it begins in, and the world that follows."""
+
+
+class Steps:
+    """What a host does in worlds that look the same to it: what it becomes, what is done to the other, the flags."""
+
+    def __init__(self, work_out: Callable[[int], set[tuple[int, int, int]]]) -> None:
+        self._work_out = work_out
+        self._rows = Table(self._add)
+        self._first, self._count = Column(), Column()
+        self._columns = Column(), Column(), Column()
+
+    def _add(self, key: int) -> int:
+        steps = self._work_out(key)
+        self._first.extend((len(self._columns[0]),))
+        self._count.extend((len(steps),))
+        for column, values in zip(self._columns, zip(*steps, strict=True), strict=False):
+            column.extend(values)
+        return len(self._first) - 1
+
+    def of(self, keys: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+        """Return the position of the key, and the three parts, of each step of these keys."""
+        rows = self._rows.of(keys)
+        count = self._count.array[rows]
+        steps = spread(self._first.array[rows], count)
+        host, change, flags = (column.array[steps] for column in self._columns)
+        return np.repeat(np.arange(keys.size), count), host, change, flags
 
 
 class Packing(Transitions):
@@ -26,16 +55,17 @@ class Packing(Transitions):
         super().__init__(bounds)
         self._numbers: dict[Host, int] = {}
         self._hosts: list[Host] = []
-        self._seen: list[int] = []
+        self._seen = Column()
         """How each host looks from the other one: also a host's number."""
-        self._state: list[bool] = []
-        self._kept: list[bool] = []
+        self._state, self._open, self._listens = Column(), Column(), Column()
+        """Whether a host has a move that runs; one that runs or is in its journal; an agent that has heard all."""
         self._changes: dict[tuple[Host, Host], int] = {}
         self._done_to: list[tuple[Host, Host]] = []
-        self._changed: dict[int, int] = {}
-        self._calm: dict[int, Steps] = {}
-        self._late: dict[int, Steps] = {}
-        self._bad: dict[int, Steps] = {}
+        self._changed = Table(self._change)
+        self._connected = Table(lambda number: self._number(connected(self._hosts[number])))
+        self._cut_off = Table(lambda number: self._number(cut_off(self._hosts[number])))
+        self._calm = Steps(lambda key: self._steps(self.healthy_of, key))
+        self._bad = Steps(lambda key: self._steps(self.faults_of, key))
 
     # --- numbers
 
@@ -61,92 +91,74 @@ class Packing(Transitions):
     def _number(self, host: Host) -> int:
         number = self._numbers.get(host)
         if number is None:
+            seen_as = _as_seen(host)
+            seen = len(self._hosts) if seen_as == host else self._number(seen_as)
             number = self._numbers[host] = len(self._hosts)
             self._hosts.append(host)
-            self._seen.append(-1)
-            self._state.append(host.state >= 0)
-            self._kept.append(host.durable >= 0)
-            self._seen[number] = self._number(_as_seen(host))
+            self._seen.extend((seen,))
+            self._state.extend((host.state >= 0,))
+            self._open.extend((host.state >= 0 or host.durable >= 0,))
+            self._listens.extend((host.agent and not host.inbox,))
         return number
 
     # --- what follows
 
-    def calmly(self, packed: int) -> list[int]:
-        """Return the worlds that follow if nothing breaks and no timer goes off."""
-        one, two, flags = packed >> BITS + 3, packed >> 3 & LOW, packed & FLAGS
-        found = self._both(self._calm, self.healthy_of, one, two, flags)
-        if not flags & LINK:
-            here, there = self._hosts[one], self._hosts[two]
-            listen = here.agent and there.agent and not here.inbox and not there.inbox
-            if listen and (self._state[one] or self._state[two]):
-                found.append(self.pack(self.connect(self._world(here, there, flags))))
-        return found
+    def calmly(self, worlds: Numbers) -> Edges:
+        """Return what follows if nothing breaks and no timer goes off."""
+        one, two, flags = worlds >> BITS + 3, worlds >> 3 & LOW, worlds & FLAGS
+        state, listens = self._state.array, self._listens.array
+        meets = (flags & LINK == 0) & (listens[one] & listens[two] & (state[one] | state[two]) == 1)
+        at = np.flatnonzero(meets)
+        both = self._connected.of(one[at]) << BITS | self._connected.of(two[at])
+        return self._both(self._calm, one, two, flags, (at, both << 3 | flags[at] | LINK))
 
     def in_time(self, packed: int) -> list[int]:
         """Return the worlds that follow if a timer goes off."""
-        one, two, flags = packed >> BITS + 3, packed >> 3 & LOW, packed & FLAGS
-        return self._both(self._late, self.timers_of, one, two, flags)
+        world = self.unpack(packed)
+        return [self.pack(after) for index in (0, 1) for _, after in self.timers_of(world, index)]
 
-    def badly(self, packed: int) -> list[int]:
-        """Return the worlds that follow if something breaks."""
-        one, two, flags = packed >> BITS + 3, packed >> 3 & LOW, packed & FLAGS
-        if not (self._state[one] or self._state[two] or self._kept[one] or self._kept[two]):
-            return []  # nothing is left that could go wrong
-        found = self._both(self._bad, self.faults_of, one, two, flags)
-        if flags & LINK and "cut" in self.bounds.kinds:
-            found.append(self.pack(self.cut(self.unpack(packed))))
-        return found
+    def badly(self, worlds: Numbers) -> Edges:
+        """Return what follows if something breaks; nothing where nothing is left that could go wrong."""
+        one, two, flags = worlds >> BITS + 3, worlds >> 3 & LOW, worlds & FLAGS
+        still = np.flatnonzero(self._open.array[one] | self._open.array[two])
+        one, two, flags = one[still], two[still], flags[still]
+        at = np.flatnonzero(flags & LINK if "cut" in self.bounds.kinds else flags & 0)
+        both = self._cut_off.of(one[at]) << BITS | self._cut_off.of(two[at])
+        found, after = self._both(self._bad, one, two, flags, (at, both << 3 | flags[at] & ~LINK))
+        return still[found], after
 
     def has_ended(self, packed: int) -> bool:
         """Whether neither host has an open move."""
-        return not (self._state[packed >> BITS + 3] or self._state[packed >> 3 & LOW])
+        return self._hosts[packed >> BITS + 3].state < 0 and self._hosts[packed >> 3 & LOW].state < 0
 
-    def _both(
-        self,
-        known: dict[int, Steps],
-        steps_of: Callable[[World, int], Iterator[Next]],
-        one: int,
-        two: int,
-        flags: int,
-    ) -> list[int]:
-        seen, changed = self._seen, self._changed
-        key = (one << BITS | seen[two]) << 4 | flags << 1
-        steps = known.get(key)
-        if steps is None:
-            steps = known[key] = self._steps(steps_of, one, seen[two], flags, 0)
-        found = []
-        for host, change, after in steps:
-            other = changed.get(two << BITS | change) if change else two
-            if other is None:
-                other = self._change(two, change)
-            found.append((host << BITS | other) << 3 | after)
-        key = (two << BITS | seen[one]) << 4 | flags << 1 | 1
-        steps = known.get(key)
-        if steps is None:
-            steps = known[key] = self._steps(steps_of, two, seen[one], flags, 1)
-        for host, change, after in steps:
-            other = changed.get(one << BITS | change) if change else one
-            if other is None:
-                other = self._change(one, change)
-            found.append((other << BITS | host) << 3 | after)
-        return found
+    def _both(self, steps: Steps, one: Numbers, two: Numbers, flags: Numbers, joint: Edges) -> Edges:
+        """Return what each host does, and what befalls both."""
+        found = [joint]
+        for index, (mine, other) in enumerate(((one, two), (two, one))):
+            keys = (mine << BITS | self._seen.array[other]) << 4 | flags << 1 | index
+            at, becomes, change, after = steps.of(keys)
+            others = other[at]
+            touched = np.flatnonzero(change)
+            others[touched] = self._changed.of(others[touched] << BITS | change[touched])
+            hosts = others << BITS | becomes if index else becomes << BITS | others
+            found.append((at, hosts << 3 | after))
+        return np.concatenate([at for at, _ in found]), np.concatenate([after for _, after in found])
 
-    def _steps(
-        self, steps_of: Callable[[World, int], Iterator[Next]], mine: int, seen: int, flags: int, index: int
-    ) -> Steps:
+    def _steps(self, steps_of: Callable[[World, int], Iterator[Next]], key: int) -> set[tuple[int, int, int]]:
         """Work out what a host does in a world in which the other one is as it is seen."""
-        here, there = self._hosts[mine], self._hosts[seen]
-        world = self._world(here, there, flags) if index == 0 else self._world(there, here, flags)
-        found = {}
-        for _, after in steps_of(world, index):
+        index = key & 1
+        here, there = self._hosts[key >> BITS + 4], self._hosts[key >> 4 & LOW]
+        hosts = (there, here) if index else (here, there)
+        found = set()
+        for _, after in steps_of(self._world(*hosts, key >> 1 & FLAGS), index):
             number = self._number(after.hosts[index])
             change = self._change_number(there, after.hosts[1 - index])
-            found[number, change, LINK * after.link + CRASHED * after.crashed + MOVE * after.move] = None
-        return tuple(found)
+            found.add((number, change, LINK * after.link + CRASHED * after.crashed + MOVE * after.move))
+        return found
 
     def _change_number(self, before: Host, after: Host) -> int:
         """Return what was done to the other host, 0 for nothing."""
-        if before == after:
+        if before is after or before == after:
             return 0
         number = self._changes.get((before, after))
         if number is None:
@@ -154,17 +166,15 @@ class Packing(Transitions):
             number = self._changes[before, after] = len(self._done_to)
         return number
 
-    def _change(self, number: int, change: int) -> int:
+    def _change(self, key: int) -> int:
         """Do to a host what was done to it as it was seen."""
-        host = self._hosts[number]
-        _, after = self._done_to[change - 1]
+        host = self._hosts[key >> BITS]
+        _, after = self._done_to[(key & LOW) - 1]
         said = after.inbox
         if host.state < 0 or not host.agent:  # nobody there minds that the connection is lost
             said = tuple(one for one in said if one != LOST)
         inbox = host.inbox + said[1:] if said[:1] == (MARK,) else said
-        done = self._number(host._replace(qemu=after.qemu, disk=after.disk, inbox=inbox))
-        self._changed[number << BITS | change] = done
-        return done
+        return self._number(host._replace(qemu=after.qemu, disk=after.disk, inbox=inbox))
 
 
 def _as_seen(host: Host) -> Host:

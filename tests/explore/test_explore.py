@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.explore.explorer import Explorer, Found
+from tests.explore.explorer import Explorer, Found, NeverEnds, check_that_it_ends
 from tests.explore.mutants import MUTANTS, planted
 from tests.explore.transitions import KINDS, Bounds
 
@@ -83,6 +84,32 @@ def test_there_are_mistakes_to_find() -> None:
 @pytest.mark.parametrize("name", [one for one in MUTANTS if not (QUICK and one.startswith(SLOW_TO_FIND))])
 def test_the_exploration_finds(name: str, found: dict[str, Future[Any]], request: pytest.FixtureRequest) -> None:
     assert found[request.node.name].result(), f"nobody noticed: {name}"
+
+
+def test_what_is_found_is_told_with_the_steps_that_led_there() -> None:
+    with planted("the grant is not journalled"), pytest.raises(Found) as found:
+        Explorer(SMALL).explore()
+    told = str(found.value).splitlines()
+    assert told[-1] == "Violation: a grant that is not journalled"
+    assert [line.strip() for line in told[1:-1:2]] == [
+        "host1 notices PassStarted",
+        "QEMU waits before the device state",
+        "host1 notices PreSwitchover",
+        "host1 did ContinueSwitchover",
+        "all is loaded at the target",
+        "all is sent",
+    ]
+
+
+def test_a_circle_never_ends_and_is_told() -> None:
+    level = np.arange(10, 16)
+    ends = [(np.array([10, 11, 12]), np.array([11, 12, 13])), (np.array([10, 14]), np.array([12, 13]))]
+    check_that_it_ends(level, ends)
+    with pytest.raises(NeverEnds) as found:
+        check_that_it_ends(level, [*ends, (np.array([13]), np.array([11]))])
+    *run, again = found.value.run
+    assert again in run
+    assert {11, 12, 13} <= set(run)
 
 
 def explored(bounds: Bounds) -> tuple[int, dict[str, int], int]:

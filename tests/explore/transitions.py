@@ -1,6 +1,6 @@
 """What may come next in a world: what the agents do, what QEMU does, what fails."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvmhv.core import effects as ef
@@ -33,6 +33,16 @@ class Bounds(NamedTuple):
     move: int = 0
     """0: from A to B; 1: the way back, as the first move leaves the hosts."""
     kinds: frozenset[str] = KINDS
+
+
+def connected(host: Host) -> Host:
+    """Return a host when a connection stands."""
+    return host._replace(inbox=(CONNECTED,))
+
+
+def cut_off(host: Host) -> Host:
+    """Return a host when its connection is lost with all that was on its way."""
+    return host._replace(inbox=(LOST,) if host.agent and host.state >= 0 else ())
 
 
 class Transitions:
@@ -139,11 +149,10 @@ class Transitions:
         host, name = world.hosts[index], HOSTS[index]
         if host.agent and "kill" in kinds:
             yield f"KILL the agent of {name}", self._kill(world, index)
-        if host.up and "kill" in kinds:
-            yield from self._deaths_within(world, index, power=False)
         if host.up and "host" in kinds:
             yield f"POWER of {name} fails", self._power_off(world, index)
-            yield from self._deaths_within(world, index, power=True)
+        if host.up and not kinds.isdisjoint(("kill", "host")):
+            yield from self._deaths_within(world, index)
         if host.qemu is not None and "qemu" in kinds:
             yield f"QEMU of {name} dies", self._qemu_dies(world, index)
         if "dup" in kinds and host.agent and host.inbox and host.inbox[0] >= 0:
@@ -159,15 +168,9 @@ class Transitions:
 
     # --- transitions of both hosts
 
-    def connect(self, world: World) -> World:
-        """A connection stands."""
-        hosts = tuple(host._replace(inbox=(CONNECTED,)) for host in world.hosts)
-        return world._replace(hosts=(hosts[0], hosts[1]), link=True)
-
     def cut(self, world: World) -> World:
         """The connection is lost with all that was on its way."""
-        hosts = tuple(host._replace(inbox=(LOST,) if host.agent and host.state >= 0 else ()) for host in world.hosts)
-        return world._replace(hosts=(hosts[0], hosts[1]), link=False)
+        return world._replace(hosts=(cut_off(world.hosts[0]), cut_off(world.hosts[1])), link=False)
 
     def move_back(self, world: World) -> World:
         """The VM's way back begins; everything has ended, and it runs at the target."""
@@ -203,15 +206,13 @@ class Transitions:
         world = world.at(index, host._replace(timers=host.timers - {name}))
         return self._handle(world, index, facts.TimerFired(at_ms=0, name=name))
 
-    def _deaths_within(self, world: World, index: int, *, power: bool) -> Iterator[Next]:
-        """The agent (or the host) dies between two effects of what it would handle next, or with an effect done."""
-        die = self._power_off if power else self._kill
-        what = f"{'POWER of' if power else 'KILL'} {HOSTS[index]}"
+    def _deaths_within(self, world: World, index: int) -> Iterator[Next]:
+        """The agent, or the host, dies between two effects of what it would handle next, or with an effect done."""
         host = world.hosts[index]
         if not host.agent:
             found = self._recovered(world, index)
             if found is not None:
-                yield from self._cut_short(*found, index, f"{what} in its recovery", die)
+                yield from self._cut_short(*found, index, "in its recovery")
             return
         candidates: list[tuple[str, World, Fact]] = []
         if host.inbox:
@@ -226,7 +227,7 @@ class Transitions:
             effect = self.memory.effects.values[number]
             rest = tuple(one for one in host.doing if one != number)
             after, done = acts.complete(self.memory, world.at(index, host._replace(doing=rest)), index, effect)
-            yield f"{what} with {type(effect).__name__} done", die(after, index)
+            yield from self._deaths(after, index, f"with {type(effect).__name__} done")
             if done is not None:
                 candidates.append((type(effect).__name__, after, done))
         for label, after, fact in candidates:
@@ -234,14 +235,18 @@ class Transitions:
             if state >= 0:
                 number, effects = self.memory.step(state, fact)
                 stepped = after.at(index, after.hosts[index]._replace(state=number))
-                yield from self._cut_short(stepped, effects, index, f"{what} in {label}", die)
+                yield from self._cut_short(stepped, effects, index, f"in {label}")
 
-    def _cut_short(
-        self, world: World, effects: tuple[int, ...], index: int, what: str, die: Callable[[World, int], World]
-    ) -> Iterator[Next]:
+    def _cut_short(self, world: World, effects: tuple[int, ...], index: int, when: str) -> Iterator[Next]:
         for count, number in enumerate(effects[:-1], 1):
             world = acts.now(self.memory, world, index, self.memory.effects.values[number])
-            yield f"{what} after {count} effects", die(world, index)
+            yield from self._deaths(world, index, f"{when} after {count} effects")
+
+    def _deaths(self, world: World, index: int, when: str) -> Iterator[Next]:
+        if "kill" in self.bounds.kinds:
+            yield f"KILL {HOSTS[index]} {when}", self._kill(world, index)
+        if "host" in self.bounds.kinds:
+            yield f"POWER of {HOSTS[index]} {when}", self._power_off(world, index)
 
     # --- faults
 
