@@ -71,6 +71,10 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """QEMU takes one word that ends the memory's migration; then its connections are cut."""
     yank_s: Wait = 2.0
     """QEMU cuts its connections itself, out of band."""
+    pages_connect_s: Wait = 10.0
+    """Post-copy: QEMU comes to a new connection of the pages; then it is tried again."""
+    pages_end_s: Wait = 5.0
+    """Post-copy: the last pages arrive of a source that is gone; then the guest is lost."""
     greeting_s: Wait = 5.0
     """The target's NBD server says its first word, before the source's QEMU is let at it."""
     handshake_s: Wait = 3.0

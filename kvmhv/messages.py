@@ -1,7 +1,7 @@
 """What two agents say to each other about one move. The wire (kvmhv/wire) encodes it; the core decides what is said.
 
-Source to target: Enquire, Offer, FilesSent, MirrorsEnded, Grant, Look, Abort, Finished.
-Target to source: Answer, FilesWanted, Ready, Running, Seen, Owned, Refused, Unknown.
+Source to target: Enquire, Offer, FilesSent, MirrorsEnded, Grant, PagesHalted, PagesEnd, Look, Abort, Finished.
+Target to source: Answer, FilesWanted, Ready, Running, PagesFrom, PagesDone, Seen, Owned, Refused, Unknown.
 
 Every message can be repeated: a connection that broke is made again and each side repeats what the other may lack.
 """
@@ -26,6 +26,8 @@ from kvmhv.model import (
     Vm,
     Whereabouts,
 )
+
+Attempt = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
 class Message(Struct, frozen=True, kw_only=True, tag_field="type", tag=True):
@@ -124,6 +126,35 @@ class Running(Message, frozen=True, kw_only=True):
     """How long before RESUME the grant had arrived."""
 
 
+class PagesHalted(Message, frozen=True, kw_only=True):
+    """Post-copy: the source's QEMU has lost its connection. Answered by PagesFrom."""
+
+    epoch: Epoch
+    attempt: Attempt
+    """Counted up: of each attempt the target waits on one address."""
+
+
+class PagesFrom(Message, frozen=True, kw_only=True):
+    """Post-copy: the target's QEMU waits there for the pages that it lacks."""
+
+    epoch: Epoch
+    attempt: Attempt
+    address: IncomingAddress
+
+
+class PagesEnd(Message, frozen=True, kw_only=True):
+    """Post-copy: the source's QEMU is gone, no page will come any more. Answered by PagesDone."""
+
+    epoch: Epoch
+
+
+class PagesDone(Message, frozen=True, kw_only=True):
+    """Post-copy: the target lacks no page any more, or (with an error) the guest is lost there, and stopped."""
+
+    epoch: Epoch
+    error: ErrorBody | None = None
+
+
 class Owned(Message, frozen=True, kw_only=True):
     """The target has it on disk that the VM is its own: the source may delete what it has.
 
@@ -133,6 +164,9 @@ class Owned(Message, frozen=True, kw_only=True):
     epoch: Epoch
     first_frame_after_ms: ClockMs | None = None
     """From RESUME to the guest's first frame on the target's switch; None: not seen yet, or nobody looks."""
+    ended: bool = False
+    """The target's move has ended: no page is missing, or (with `lost`) what the guest had in memory is lost."""
+    lost: ErrorBody | None = None
 
 
 class Refused(Message, frozen=True, kw_only=True):
@@ -182,6 +216,8 @@ class Seen(Message, frozen=True, kw_only=True):
     there: Whereabouts
 
 
-ToTarget = Enquire | Offer | FilesSent | MirrorsEnded | Grant | Look | EndArrival | Abort | Finished
-ToSource = Answer | FilesWanted | Ready | Running | Seen | Owned | Refused | Unknown
+ToTarget = (
+    Enquire | Offer | FilesSent | MirrorsEnded | Grant | PagesHalted | PagesEnd | Look | EndArrival | Abort | Finished
+)
+ToSource = Answer | FilesWanted | Ready | Running | PagesFrom | PagesDone | Seen | Owned | Refused | Unknown
 AnyMessage = ToTarget | ToSource

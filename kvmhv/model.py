@@ -280,6 +280,8 @@ class QemuInfo(Struct, frozen=True, kw_only=True):
     """Migration parameters that it knows."""
     compressions: tuple[str, ...] = ()
     """How it can compress memory, the best first."""
+    post_copy: bool = False
+    """Whether it, the kernel and this kvmhv can let pages follow a guest."""
 
     @property
     def version_text(self) -> str:
@@ -399,6 +401,8 @@ class Phase(enum.StrEnum):
     STORAGE = "storage"
     MEMORY = "memory"
     STATE = "state"
+    PAGES = "pages"
+    """Post-copy: the guest runs at the target, and pages that it lacks still come from the source."""
     CLEANUP = "cleanup"
 
 
@@ -435,6 +439,9 @@ class Rule(Struct, frozen=True, kw_only=True):
     """How long the blackout may be, as it is predicted before the guest is stopped; 0: no limit."""
     on_overrun: str = "cancel"
     """What happens when it would be longer: `cancel` the move, `throttle` the guest until it fits, `accept` it."""
+    post_copy: bool = False
+    """At the pass limit, or where the blackout would be too long, the guest runs at the target before all pages are
+    there. Until they are, the loss of either QEMU or host loses what the guest had in memory."""
 
 
 class PageSample(Struct, frozen=True, kw_only=True):
@@ -502,6 +509,8 @@ class MoveRequest(Struct, frozen=True, kw_only=True):
     performance: str | None = None
     blackout_limit_ms: Annotated[int, Meta(ge=0, le=3_600_000)] | None = None
     on_overrun: str | None = None
+    post_copy: bool = False
+    """Explicit, never a host's setting: see Rule."""
     queue_s: Wait | None = None
     """How long it may wait for a slot of either host; None: it is refused at once where there is none."""
 
@@ -753,6 +762,20 @@ class QueuePlace(Struct, frozen=True, kw_only=True):
     """Whose limit it is."""
 
 
+class PagesFollowed(Struct, frozen=True, kw_only=True):
+    """Post-copy: the pages that came while the guest ran at the target."""
+
+    sent_bytes: int
+    requests: int
+    """How many of them it asked for before their turn: it stood and waited for them, a CPU at a time."""
+    seconds: float
+    """From its run at the target to the last page, so far."""
+    attempts: int
+    """How often their connection was to be made anew."""
+    complete: bool
+    """The last one is there."""
+
+
 class MoveReport(Struct, frozen=True, kw_only=True):
     """A move as the API and `vm move --json` show it: while it runs and when it has ended."""
 
@@ -819,6 +842,8 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """A storage move: how long the guest's disk requests waited at the change from the old images to the new ones."""
     savings: tuple[DiskSaving, ...] = ()
     """What of each disk that travelled was not sent; there as soon as all of them are copied."""
+    pages: PagesFollowed | None = None
+    """With post-copy, once the guest runs at the target without all of its pages: what followed it."""
     queue: QueuePlace | None = None
     """While it waits for a slot; its outcome is `running` then, too, because it has not ended."""
     queued_seconds: float | None = None

@@ -70,6 +70,10 @@ class MemoryStats(Struct, frozen=True, kw_only=True):
     throughput_bytes_per_s: float = 0.0
     dirty_sync_count: int = 0
     throttle_percent: int = 0
+    pages_bytes: int = 0
+    """Post-copy: sent since the guest runs at the target."""
+    pages_requests: int = 0
+    """Post-copy: pages that it asked for before their turn."""
     error: str = ""
     sampled_dirty_bytes_per_s: float | None = None
     """By a sample of pages that was taken beside the first pass; None until there is one."""
@@ -236,8 +240,23 @@ class Hypervisor(Protocol):
         """Let QEMU slow the guest's CPUs down, so far at most, more with each pass, until the migration ends."""
         ...
 
-    async def stop_guest(self, vm_id: str) -> None:
-        """Lift the bandwidth cap, then `stop`: the lever at the end of the last pass."""
+    async def stop_guest(self, vm_id: str, *, post_copy: bool = False) -> None:
+        """Lift the bandwidth cap, then `stop`: the lever at the end of the last pass.
+
+        `post_copy`: the switchover is next; what remains of the memory follows it.
+        """
+        ...
+
+    async def await_pages(self, vm_id: str, plan: Plan) -> IncomingAddress:
+        """Post-copy, target: wait for the source on a new address. Raises HostError `qemu-error`."""
+        ...
+
+    async def resume_pages(self, vm_id: str, plan: Plan, address: IncomingAddress) -> None:
+        """Post-copy, source: send the rest of the pages there. Raises HostError `migrate-failed`; may be repeated."""
+        ...
+
+    async def end_lost(self, vm_id: str) -> bool:
+        """Post-copy, target: end a QEMU whose pages will not come; True if it has all, then it goes on."""
         ...
 
     async def continue_switchover(self, vm_id: str) -> None:
@@ -248,7 +267,8 @@ class Hypervisor(Protocol):
         """Cancel memory and mirrors, remove what the move added; does not `cont`. Also when QMP hangs (OOB `yank`).
 
         Returns the migration's final status: `completed` means that it was too late to cancel it, `gone` that there is
-        no process any more. Raises HostError `qemu-hangs` when even that does not end it in time.
+        no process any more: so also of a QEMU in post-copy, which cannot let its guest go on and is ended. Raises
+        HostError `qemu-hangs` when even that does not end it in time.
         """
         ...
 

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 PASS, STOP, PRE_SWITCHOVER, COMPLETED, FAILED, GONE = "PASS", "STOP", "PRE-SWITCHOVER", "COMPLETED", "FAILED", "GONE"
+FOLLOW, HALTED = "FOLLOW", "HALTED"
+"""Post-copy: pages follow the guest; their connection broke."""
 SOURCE, TARGET = "source", "target"
 
 
@@ -30,8 +32,20 @@ class Both(Protocol):
         """Let the passes converge, so that QEMU stops the guest by itself."""
         ...
 
-    async def stop(self) -> None:
-        """Pull the lever."""
+    async def stop(self, *, post_copy: bool = False) -> None:
+        """Pull the lever; `post_copy`: so that pages follow the guest."""
+        ...
+
+    async def break_pages(self) -> None:
+        """The connection of the pages ends at the source."""
+        ...
+
+    async def reconnect(self) -> bool:
+        """Connect the pages anew; False if that is refused."""
+        ...
+
+    async def end_lost(self) -> bool:
+        """End a target whose pages will not come; True if it has all."""
         ...
 
     async def finish_mirrors(self) -> bool:
@@ -46,8 +60,8 @@ class Both(Protocol):
         """Cancel memory and mirrors, by force if QMP hangs; returns the migration's last status."""
         ...
 
-    async def cont(self, side: str) -> None:
-        """Let the guest run."""
+    async def cont(self, side: str) -> bool:
+        """Let the guest run; False if QEMU refuses."""
         ...
 
     async def kill(self, side: str) -> None:
@@ -120,8 +134,8 @@ async def the_straight_way(both: Both) -> None:
     assert await both.undo() == "completed", "too late to cancel, and it says so"
     await both.kill(SOURCE)
     await both.heard(SOURCE, GONE)
-    await both.cont(TARGET)
-    await both.cont(TARGET)
+    assert await both.cont(TARGET)
+    assert await both.cont(TARGET)
     assert await both.runs(TARGET)
 
 
@@ -251,3 +265,88 @@ async def the_target_has_no_room(both: Both) -> None:
     assert await both.runs(SOURCE)
     assert await both.undo() in ("", "none")
     assert await both.runs(SOURCE)
+
+
+POST_COPY = "pages_"
+"""How the names begin of scenarios in which pages may follow the guest."""
+
+
+async def _handed_on(both: Both) -> None:
+    assert await both.mirror()
+    await both.migrate()
+    await both.stop(post_copy=True)
+    await both.heard(SOURCE, PRE_SWITCHOVER)
+    assert not await both.runs(SOURCE)
+    assert await both.finish_mirrors()
+    assert FOLLOW not in both.events(TARGET)
+    assert await both.go_on()
+    for side in (SOURCE, TARGET):
+        await both.heard(side, FOLLOW)
+
+
+@scenario
+async def pages_follow_the_guest(both: Both) -> None:
+    """The guest runs at the target before all is there, and not before it is told to; both say when all is there."""
+    await _handed_on(both)
+    assert not await both.runs(TARGET)
+    assert not await both.cont(SOURCE)
+    assert await both.cont(TARGET)
+    assert await both.runs(TARGET)
+    for side in (TARGET, SOURCE):
+        await both.heard(side, COMPLETED)
+    assert not await both.runs(SOURCE)
+    await both.kill(SOURCE)
+    await both.silence()
+    assert await both.runs(TARGET)
+
+
+@scenario
+async def pages_all_come_without_a_run(both: Both) -> None:
+    """They do not wait for the guest to run, and then the source could go on again."""
+    await _handed_on(both)
+    for side in (TARGET, SOURCE):
+        await both.heard(side, COMPLETED)
+    await both.kill(TARGET)
+    assert await both.cont(SOURCE)
+    assert await both.runs(SOURCE)
+
+
+@scenario
+async def pages_are_lost_with_the_target(both: Both) -> None:
+    """The source cannot let its guest go on, nor can it be cancelled: undoing it ends it."""
+    await _handed_on(both)
+    await both.kill(TARGET)
+    await both.heard(SOURCE, HALTED)
+    assert not await both.cont(SOURCE)
+    assert not await both.runs(SOURCE)
+    assert await both.undo() == "gone"
+    await both.heard(SOURCE, GONE)
+
+
+@scenario
+async def pages_are_lost_with_the_source(both: Both) -> None:
+    """The target hears it and has not all: it is ended."""
+    await _handed_on(both)
+    assert await both.cont(TARGET)
+    await both.kill(SOURCE)
+    await both.heard(TARGET, HALTED)
+    assert not await both.end_lost()
+    await both.heard(TARGET, GONE)
+
+
+@scenario
+async def pages_go_on_over_a_new_connection(both: Both) -> None:
+    """As often as it breaks; none of it lets the source run."""
+    await _handed_on(both)
+    assert await both.cont(TARGET)
+    for _ in range(2):
+        await both.break_pages()
+        await both.heard(SOURCE, HALTED)
+        assert not await both.cont(SOURCE)
+        assert await both.reconnect()
+    for side in (TARGET, SOURCE):
+        await both.heard(side, COMPLETED)
+    assert await both.runs(TARGET)
+    assert not await both.reconnect()
+    assert await both.end_lost()
+    assert await both.runs(TARGET)

@@ -136,6 +136,7 @@ def test_a_move_in_plain_lines(agent: ScriptedAgent, run: Run) -> None:
         "performance": None,
         "blackout_limit_ms": None,
         "on_overrun": None,
+        "post_copy": False,
         "queue_s": None,
     }
     for text in ("phase memory\npass 1: sent 1 MiB", "blackout    41.5 ms (± 1.5 ms)", "threshold, after pass 1"):

@@ -50,7 +50,10 @@ DONE = report(
     outcome=Outcome.DONE,
     mode=Mode.SHARED_NOTHING,
     phase=Phase.CLEANUP,
-    phases=tuple(PhaseTime(phase=phase, seconds=0.5 + number) for number, phase in enumerate(Phase)),
+    phases=tuple(
+        PhaseTime(phase=phase, seconds=0.5 + number)
+        for number, phase in enumerate(p for p in Phase if p is not Phase.PAGES)
+    ),
     passes=PASSES,
     switchover=Switchover(reason="threshold", pass_number=3, remaining_bytes=MIB),
     blackout_ms=81.04,

@@ -209,7 +209,7 @@ def ended(outcome: Outcome, *, error: bool = True) -> MoveReport:
 
 
 def test_what_a_target_says_of_an_ended_move() -> None:
-    assert recover.answer_as_target(ended(Outcome.DONE), 3, "host2") == Owned(epoch=3)
+    assert recover.answer_as_target(ended(Outcome.DONE), 3, "host2") == Owned(epoch=3, ended=True, lost=ERROR)
     assert recover.answer_as_target(ended(Outcome.FAILED), 3, "host2") == Refused(epoch=3, error=ERROR)
     unnamed = recover.answer_as_target(ended(Outcome.CANCELLED, error=False), 3, "host2")
     assert isinstance(unnamed, Refused)

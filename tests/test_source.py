@@ -89,8 +89,8 @@ def at(step: SourceStep, moving: Vm | None = None) -> Driven:
                 facts.PreSwitchover(at_ms=30),
             ],
         ),
-        (S.GRANTED, [facts.MemorySent(at_ms=40)]),
-        (S.CLEANUP, [Running(epoch=1, resumed_ms=45)]),
+        (S.GRANTED, [facts.PagesFollow(at_ms=40) if step is S.SERVING else facts.MemorySent(at_ms=40)]),
+        (S.SERVING if step is S.SERVING else S.CLEANUP, [Running(epoch=1, resumed_ms=45)]),
     ]
     for reached, told in way:
         for one in told:

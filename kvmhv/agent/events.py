@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from kvmhv.errors import KvmhvError
-from kvmhv.model import Asked, Event, IoStall, Mode, MoveReport, Outcome, Phase, Vm
+from kvmhv.model import MIB, Asked, Event, IoStall, Mode, MoveReport, Outcome, Phase, Vm
 from kvmhv.ports import Clock, Records
 
 KIND = "events"
@@ -181,6 +181,8 @@ def move_ended(report: MoveReport) -> tuple[Event, ...]:
         return (_storage_move_ended(report),)
     if report.outcome is Outcome.DONE:
         text = f"{report.vm} moved from {report.source} to {report.target}"
+        if report.error is not None:  # post-copy
+            return (_draft("guest-lost", report, report.error.message),)
         succeeded = _draft("move-done", report, text, SUCCEEDED)
         return (succeeded,) if report.direction == "in" else (*_figures(report), succeeded)
     why = report.reason or str(report.outcome)
@@ -214,6 +216,12 @@ def _figures(report: MoveReport) -> tuple[Event, ...]:
     long = report.blackout_ms > LONG_BLACKOUT_MS
     text = f"the move finished with {'an unexpectedly long' if long else 'a'} blackout of {blackout_s:.3f} s"
     found.append(_draft("blackout-long" if long else "finished", report, text, FINISHED_LONG if long else FINISHED))
+    if report.pages is not None:
+        size, took_s = report.pages.sent_bytes / MIB, report.pages.seconds
+        text = (
+            f"{report.vm} ran on {report.target} for {took_s:.2f} s before its last page was there: {size:.0f} MiB came"
+        )
+        found.append(_draft("pages", report, text))
     return tuple(found)
 
 

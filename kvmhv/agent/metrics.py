@@ -160,8 +160,9 @@ class _Figures:
         self._saved = counter("_saved_bytes", "Bytes of disks that moves did not have to send, and why.", "reason")
         self._switchovers = counter("_switchovers", "Why guests were stopped: threshold or pass-limit.", "reason")
         self._findings = counter("_findings", "Findings of the checks of moves.", "id")
-        for kind in ("memory", "disk", "wire"):
+        for kind in ("memory", "pages", "disk", "wire"):
             self._bytes.labels(kind)
+        self._asked_pages = counter("_pages_waited_for", "Post-copy: pages that guests asked for before their turn.")
         for why in ("base", "unallocated", "zeros"):
             self._saved.labels(why)
 
@@ -172,6 +173,8 @@ class _Figures:
         if report.direction == "in":
             return
         self._bytes.labels("memory").inc(report.memory_bytes)
+        self._bytes.labels("pages").inc(report.pages.sent_bytes if report.pages is not None else 0)
+        self._asked_pages.inc(report.pages.requests if report.pages is not None else 0)
         self._bytes.labels("disk").inc(report.disk_bytes)
         self._bytes.labels("wire").inc(report.wire_bytes or 0)
         for saving in report.savings:

@@ -76,4 +76,5 @@ def rule_of(settings: HostSettings, request: MoveRequest) -> Rule:
         performance=request.performance or settings.performance,
         blackout_limit_ms=limit_ms,
         on_overrun=on_overrun,
+        post_copy=request.post_copy,
     )

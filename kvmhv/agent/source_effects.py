@@ -1,6 +1,7 @@
 """What performs the source's effects, and what QEMU's events mean to the source."""
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -21,8 +22,10 @@ from kvmhv.core.effects import (
     FinishMirrors,
     MirrorDisks,
     RemoveCopy,
+    ResumePages,
     SendFiles,
     SendMemory,
+    ServePages,
     StopGuest,
     ThrottleGuest,
     UndoSource,
@@ -69,6 +72,8 @@ class SourceMachine:
         gap.on_answer = self._answered
         gap.on_silence = self._silent
         self._polling = False
+        self._served = False
+        """Post-copy: what QEMU has sent in all is known when it is done."""
         self._stopped_ms: float | None = None
         """Since when the guest stands still, as QEMU says: it may have switched over by itself, before it was told."""
 
@@ -93,8 +98,8 @@ class SourceMachine:
                 return partial(self._send_memory, effect)
             case ThrottleGuest(max_percent=max_percent):
                 return partial(self._throttle_guest, max_percent)
-            case StopGuest():
-                return self._stop_guest
+            case StopGuest(post_copy=post_copy):
+                return partial(self._stop_guest, post_copy)
             case FinishMirrors():
                 return self._finish_mirrors
             case ContinueSwitchover():
@@ -107,6 +112,14 @@ class SourceMachine:
                 return self._end_copy
             case RemoveCopy():
                 return partial(self._remove_copy, effect)
+        return self._performer_of_pages(effect)
+
+    def _performer_of_pages(self, effect: Effect) -> Callable[[], Awaitable[facts.Fact | None]]:
+        match effect:
+            case ServePages():
+                return self._serve_pages
+            case ResumePages(plan=plan, address=address):
+                return partial(self._resume_pages, plan, address)
         raise AssertionError(f"{type(effect).__name__} is no effect of a source")
 
     # --- effects
@@ -135,17 +148,38 @@ class SourceMachine:
             await asyncio.sleep(POLL_S)
             if not self._polling:
                 return
-            stats = await self._hypervisor.memory_stats(self._vm.id)
-            self.put(
-                facts.MemoryProgress(
-                    at_ms=self._clock.monotonic_ms(),
-                    sent_bytes=stats.transferred_bytes,
-                    remaining_bytes=stats.remaining_bytes,
-                    total_bytes=stats.total_bytes,
-                    dirty_bytes_per_s=stats.dirty_bytes_per_s,
-                    sampled_dirty_bytes_per_s=stats.sampled_dirty_bytes_per_s,
-                )
+            self._progressed(await self._hypervisor.memory_stats(self._vm.id))
+
+    def _progressed(self, stats: MemoryStats) -> None:
+        self.put(
+            facts.MemoryProgress(
+                at_ms=self._clock.monotonic_ms(),
+                sent_bytes=stats.transferred_bytes,
+                remaining_bytes=stats.remaining_bytes,
+                total_bytes=stats.total_bytes,
+                dirty_bytes_per_s=stats.dirty_bytes_per_s,
+                sampled_dirty_bytes_per_s=stats.sampled_dirty_bytes_per_s,
+                pages_bytes=stats.pages_bytes,
+                pages_requests=stats.pages_requests,
             )
+        )
+
+    async def _serve_pages(self) -> facts.Fact | None:
+        """Until QEMU has sent the last page, or is gone, which its own event says."""
+        self._served = True
+        while True:
+            try:
+                stats = await self._hypervisor.memory_stats(self._vm.id)
+            except KvmhvError:
+                return None
+            self._progressed(stats)
+            if stats.status == "completed":  # a new agent may not have heard it
+                return facts.MemorySent(at_ms=self._clock.monotonic_ms())
+            await asyncio.sleep(POLL_S)
+
+    async def _resume_pages(self, plan: Plan, address: IncomingAddress) -> facts.Fact:
+        await self._hypervisor.resume_pages(self._vm.id, plan, address)
+        return facts.PagesResumed(at_ms=self._clock.monotonic_ms())
 
     async def _open_ways(self, plan: Plan) -> None:
         if plan.more_networks:
@@ -154,10 +188,10 @@ class SourceMachine:
     async def _throttle_guest(self, max_percent: int) -> None:
         await self._hypervisor.throttle(self._vm.id, max_percent)
 
-    async def _stop_guest(self) -> facts.Fact:
+    async def _stop_guest(self, post_copy: bool) -> facts.Fact:
         self._polling = False  # nothing else talks to QEMU in the blackout
         told_ms = self._clock.monotonic_ms()
-        await self._hypervisor.stop_guest(self._vm.id)
+        await self._hypervisor.stop_guest(self._vm.id, post_copy=post_copy)
         told_ms = min(told_ms, self._stopped_ms or math.inf)
         return facts.GuestStopped(at_ms=self._clock.monotonic_ms(), told_ms=told_ms)
 
@@ -179,6 +213,9 @@ class SourceMachine:
         return facts.Undone(at_ms=self._clock.monotonic_ms(), wire_bytes=await self._counted())
 
     async def _end_copy(self) -> facts.Fact:
+        if self._served:
+            with contextlib.suppress(KvmhvError):
+                self._progressed(await self._hypervisor.memory_stats(self._vm.id))
         await self._hypervisor.kill(self._vm.id)
         await self._vms.drop_taps(self._vm)
         return facts.CopyEnded(at_ms=self._clock.monotonic_ms())
@@ -259,6 +296,10 @@ class SourceMachine:
         match event.data.get("status"):
             case "pre-switchover":
                 return facts.PreSwitchover(at_ms=event.at_ms, stopped_ms=self._stopped_ms)
+            case "postcopy-active":
+                return facts.PagesFollow(at_ms=event.at_ms)
+            case "postcopy-paused":
+                return facts.PagesStopped(at_ms=event.at_ms)
             case "completed":
                 return facts.MemorySent(at_ms=event.at_ms)
             case "failed" | "cancelled":

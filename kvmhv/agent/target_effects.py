@@ -8,9 +8,9 @@ from kvmhv.agent.network_gap import NetworkGap
 from kvmhv.agent.runner import State
 from kvmhv.agent.vms import Vms
 from kvmhv.core import facts, target
-from kvmhv.core.effects import Adopt, Cont, Effect, Prepare, UndoTarget, Unexport
+from kvmhv.core.effects import Adopt, AwaitPages, Cont, Effect, EndLost, Prepare, UndoTarget, Unexport
 from kvmhv.core.target import TargetState
-from kvmhv.model import ErrorBody, MoveReport
+from kvmhv.model import ErrorBody, MoveReport, Plan
 from kvmhv.ports import Clock, Hypervisor, MigrationWays, QemuEvent
 
 
@@ -57,6 +57,10 @@ class TargetMachine:
                 return self._unexport
             case Cont():
                 return self._cont
+            case AwaitPages(plan=plan):
+                return partial(self._await_pages, plan)
+            case EndLost():
+                return self._end_lost
             case Adopt():
                 return self._adopt
             case UndoTarget():
@@ -94,6 +98,14 @@ class TargetMachine:
         self._gap.resumed(resumed_ms)
         return facts.GuestRuns(at_ms=self._clock.monotonic_ms(), resumed_ms=resumed_ms)
 
+    async def _await_pages(self, plan: Plan) -> facts.Fact:
+        address = await self._hypervisor.await_pages(self._vm.id, plan)
+        return facts.IncomingReady(at_ms=self._clock.monotonic_ms(), address=address)
+
+    async def _end_lost(self) -> facts.Fact | None:
+        whole = await self._hypervisor.end_lost(self._vm.id)
+        return facts.MemorySent(at_ms=self._clock.monotonic_ms()) if whole else None
+
     async def _adopt(self) -> facts.Fact:
         await self._vms.define(self._vm)
         return facts.Adopted(at_ms=self._clock.monotonic_ms())
@@ -113,6 +125,8 @@ class TargetMachine:
         """Turn what QEMU said into a fact."""
         if event.name == "MIGRATION":
             match event.data.get("status"):
+                case "postcopy-active":
+                    return facts.StateLoaded(at_ms=event.at_ms)
                 case "completed":
                     return facts.MemorySent(at_ms=event.at_ms)
                 case "failed":

@@ -91,6 +91,12 @@ def _check(session: Session, request: MoveRequest, *, with_plan: bool) -> int:
     help="When it would be longer: cancel the move, slow the guest's CPUs down until it fits, or go on all the same.",
 )
 @click.option(
+    "--post-copy",
+    is_flag=True,
+    help="Instead of a long blackout: run the VM there before all its memory has arrived. Until it has, the loss of "
+    "either host or QEMU loses what the VM had in memory; its disks lose nothing.",
+)
+@click.option(
     "--queue",
     type=click.IntRange(1, QUEUE_MAX_MINUTES),
     metavar="MINUTES",
@@ -112,6 +118,7 @@ def move_vm(
     performance: str | None,
     blackout_limit: int | None,
     on_overrun: str | None,
+    post_copy: bool,
     queue: int | None,
     no_wait: bool,
     dry_run: bool,
@@ -131,6 +138,7 @@ def move_vm(
         performance=performance,
         blackout_limit_ms=blackout_limit,
         on_overrun=on_overrun,
+        post_copy=post_copy,
         queue_s=None if queue is None else queue * 60.0,
     )
     if dry_run:
@@ -163,7 +171,7 @@ def _wait(session: Session, agent: Agent, move_id: str, *, cancel_on_interrupt: 
     with view(quiet=session.json) as shown:
         report = until_end(agent, move_id, shown, cancel_on_interrupt=cancel_on_interrupt)
     session.answer(report, lambda: draw_report(report, with_reason=False))
-    if report.outcome is not Outcome.DONE:
+    if report.outcome is not Outcome.DONE or report.error is not None:
         output.error(error_of(report), as_json=False)
     return exit_status(report)
 

@@ -21,6 +21,7 @@ PHASES = {
     Phase.STORAGE: "disks copied, then mirrored",
     Phase.MEMORY: "memory in passes while the guest runs (brownout)",
     Phase.STATE: "guest stopped, the rest and the device state go over (blackout)",
+    Phase.PAGES: "the guest runs at the target, the pages that it lacks follow (post-copy)",
     Phase.CLEANUP: "the source's copy removed",
 }
 STORAGE_PHASES = {
@@ -104,6 +105,7 @@ def _figures(report: MoveReport) -> str:
         (stopped, "Blackout", _ms(report.blackout_ms), "" if sure is None else f"&plusmn; {sure:.1f} ms"),
         (stopped, "Network gap", _ms(report.network_gap_ms), "stop to first frame"),
         (report.answer_gap_ms is not None, "First answer", _ms(report.answer_gap_ms), "of the guest's probe"),
+        *_pages(report),
         (report.writes_held_ms is not None, "Requests held", _ms(report.writes_held_ms), "by the change of disks"),
         (True, "Whole move", output.seconds_text(total_s(report) if report.ended_at is not None else None), ""),
         (report.queued_seconds is not None, "Waited for a slot", output.seconds_text(report.queued_seconds), ""),
@@ -118,6 +120,17 @@ def _figures(report: MoveReport) -> str:
         if there
     )
     return f'<dl class="figures">{cells}</dl>'
+
+
+def _pages(report: MoveReport) -> Sequence[tuple[bool, str, str, str]]:
+    if report.pages is None:
+        return ()
+    waited = f"{report.pages.requests} pages waited for"
+    last = "the last page came" if report.pages.complete else "not all pages came"
+    return (
+        (True, "Sent after the blackout", output.size_text(report.pages.sent_bytes), waited),
+        (True, "Ran without all pages", output.seconds_text(report.pages.seconds), last),
+    )
 
 
 def _ms(value: float | None) -> str:

@@ -3,7 +3,18 @@
 from collections.abc import Sequence
 
 from kvmhv.cli import output
-from kvmhv.model import DiskCopy, DiskSaving, Finding, Mode, MoveReport, MoveRequest, Outcome, Plan, QueuePlace
+from kvmhv.model import (
+    DiskCopy,
+    DiskSaving,
+    Finding,
+    Mode,
+    MoveReport,
+    MoveRequest,
+    Outcome,
+    PagesFollowed,
+    Plan,
+    QueuePlace,
+)
 
 _VERBS = {
     Outcome.RUNNING: "is moving",
@@ -42,6 +53,11 @@ def _draw_plan(request: MoveRequest, plan: Plan) -> None:
             *(("way", f"{here} to {there}, at the same time") for here, there in plan.more_networks),
             ("switchover", f"at {output.size_text(rule.threshold_bytes)} or after pass {rule.max_passes}"),
             ("blackout", limit),
+            *(
+                [("post-copy", f"if too much remains; then {request.vm} is on both hosts for a while")]
+                if rule.post_copy
+                else ()
+            ),
             ("capabilities", ", ".join(plan.capabilities)),
             ("estimate", f"{output.seconds_text(plan.estimate_seconds)}, {output.size_text(plan.estimate_bytes)}"),
         ]
@@ -130,6 +146,14 @@ def _draw_savings(savings: Sequence[DiskSaving]) -> None:
         output.table(("disk", "size", "sent", "not sent: base", "unallocated", "zeros"), rows)
 
 
+def pages_text(pages: PagesFollowed) -> str:
+    """Return what followed a guest that ran before all its pages were there."""
+    size, took = output.size_text(pages.sent_bytes), output.seconds_text(pages.seconds)
+    end = f"the last page after {took}" if pages.complete else f"for {took}, not all"
+    anew = f", {pages.attempts} broken connection{'' if pages.attempts == 1 else 's'}" if pages.attempts else ""
+    return f"{size} came while it ran there, {end}; it waited for {pages.requests} pages{anew}"
+
+
 def _interruptions(report: MoveReport) -> list[tuple[str, object]]:
     """What the guest and its users may have noticed."""
     rows: list[tuple[str, object]] = []
@@ -147,6 +171,8 @@ def _interruptions(report: MoveReport) -> list[tuple[str, object]]:
         rows.append(("network gap", f"{report.network_gap_ms:.1f} ms"))
     if report.answer_gap_ms is not None:
         rows.append(("first answer", f"after {report.answer_gap_ms:.1f} ms"))
+    if report.pages is not None:
+        rows.append(("post-copy", pages_text(report.pages)))
     if report.writes_held_ms is not None:
         rows.append(("requests held", f"{report.writes_held_ms:.1f} ms"))
     return rows

@@ -50,6 +50,7 @@ th:last-child,td:last-child{padding-right:0}
 .phase-storage{fill:var(--storage);background:var(--storage)}
 .phase-memory{fill:var(--memory);background:var(--memory)}
 .phase-state{fill:var(--state);background:var(--state)}
+.phase-pages{fill:var(--memory);background:var(--memory)}
 .phase-cleanup{fill:var(--cleanup);background:var(--cleanup)}
 svg .on-phase{fill:var(--on);font-weight:600}
 svg .name{font-weight:600;fill:var(--ink)}

@@ -92,6 +92,12 @@ def news(old: MoveReport | None, new: MoveReport) -> list[str]:
     if new.switchover is not None and (old is None or old.switchover is None):
         text = f"switchover after pass {new.switchover.pass_number}: {new.switchover.reason}"
         lines.append((after_memory, text))
+    if new.phase is Phase.PAGES and (old is None or old.phase is not Phase.PAGES):
+        text = f"the guest runs on {new.target}, and lacks pages that are still on {new.source}"
+        lines.append((PHASES.index(Phase.PAGES) + 0.5, text))
+    if new.pages is not None and new.pages.complete and not (old is not None and old.pages and old.pages.complete):
+        text = f"the last page is on {new.target}, {output.seconds_text(new.pages.seconds)} later"
+        lines.append((PHASES.index(Phase.PAGES) + 0.6, text))
     for warning in new.warnings[len(old.warnings) if old else 0 :]:
         lines.append((len(PHASES), f"warning: {warning}"))
     return [text for _, text in sorted(lines, key=lambda line: line[0])]

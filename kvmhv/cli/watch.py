@@ -93,8 +93,11 @@ OUTCOME_STATUS = {
 
 
 def exit_status(report: MoveReport) -> int:
-    """Return the exit status of a command that waited for the move: its refusal's own, if it was refused."""
-    if report.outcome is Outcome.FAILED and report.error is not None and report.error.exit_status:
+    """Return the exit status of a command that waited for the move: its refusal's own, if it was refused.
+
+    Also of a move that is done and whose guest is lost (post-copy).
+    """
+    if report.outcome in (Outcome.FAILED, Outcome.DONE) and report.error is not None and report.error.exit_status:
         return report.error.exit_status
     return OUTCOME_STATUS[report.outcome]
 

@@ -37,11 +37,13 @@ THROTTLE_MAX_PERCENT = 99
 
 THROTTLE, ACCEPT = "throttle", "accept"
 OVER_LIMIT = "blackout-over-limit"
+POST_COPY = "postcopy-ram"
 
 
 def capabilities(rule: Rule) -> tuple[str, ...]:
     """Return the QEMU capabilities without which the rule cannot be kept."""
-    return ("auto-converge",) if rule.blackout_limit_ms and rule.on_overrun == THROTTLE else ()
+    converge = ("auto-converge",) if rule.blackout_limit_ms and rule.on_overrun == THROTTLE else ()
+    return (*converge, POST_COPY) if rule.post_copy else converge
 
 
 def memory_bytes_per_s(passes: Sequence[Pass], shrinks: float) -> float | None:

@@ -12,14 +12,16 @@ def blackout_s(timeouts: Timeouts) -> float:
     return timeouts.switchover_s + timeouts.grant_s + _undo_s(timeouts)
 
 
-def move_s(timeouts: Timeouts, cont_s: float) -> float:
+def move_s(timeouts: Timeouts, cont_s: float, *, post_copy: bool = False) -> float:
     """Return how long a move can take until it has ended or the operator is told; agents that stay up.
 
-    `cont_s`: what a guest that is let run at the very end may take.
+    `cont_s`: what a guest that is let run at the very end may take. `post_copy`: with so much more for the pages that
+    follow.
     """
+    pages_s = timeouts.memory_s if post_copy else 0.0
     live_s = timeouts.answer_s + timeouts.prepare_s + timeouts.storage_s + timeouts.memory_s
     clean_up_s = timeouts.undo_s
-    return live_s + timeouts.reconnect_s + blackout_s(timeouts) + clean_up_s + cont_s
+    return live_s + pages_s + timeouts.reconnect_s + blackout_s(timeouts) + clean_up_s + cont_s
 
 
 def _undo_s(timeouts: Timeouts) -> float:

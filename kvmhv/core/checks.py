@@ -5,7 +5,7 @@ Each finding has a stable id; docs/errors.md has a paragraph for each.
 
 from collections.abc import Iterator
 
-from kvmhv.core import addresses, performance
+from kvmhv.core import addresses, checks_post_copy, performance
 from kvmhv.model import (
     MIB,
     Accel,
@@ -49,6 +49,7 @@ def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) ->
         *_disks(vm, request, source, target),
         *channels(source, target),
         *performance.findings(request.performance, source, target),
+        *checks_post_copy.findings(vm, request, source, target),
     ]
     return tuple(sorted(found, key=lambda finding: finding.severity != Severity.ERROR))
 

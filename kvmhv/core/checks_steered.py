@@ -5,7 +5,7 @@ Each finding has a stable id; docs/errors.md has a paragraph for each.
 
 from collections.abc import Iterator
 
-from kvmhv.core import checks
+from kvmhv.core import checks, checks_post_copy
 from kvmhv.core.blackout import THROTTLE
 from kvmhv.core.performance import COMPRESSION
 from kvmhv.model import OUTSIDE, Disk, Finding, Inventory, MoveRequest, Severity, Vm
@@ -23,6 +23,7 @@ def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) ->
         *checks.channels(source, target),
         *_performance(vm, request, source),
         *_limit(vm, request, source),
+        *checks_post_copy.findings(vm, request, source, target),
     ]
     return tuple(sorted(found, key=lambda finding: finding.severity != Severity.ERROR))
 

@@ -104,6 +104,9 @@ class ThrottleGuest(Effect, frozen=True, kw_only=True):
 class StopGuest(Effect, frozen=True, kw_only=True):
     """The lever: lift the bandwidth cap and `stop`. Answered by GuestStopped."""
 
+    post_copy: bool = False
+    """What remains of the memory goes over after the switchover, not before it."""
+
 
 class FinishMirrors(Effect, frozen=True, kw_only=True):
     """End the mirrors in sync; the guest is stopped. Answered by MirrorsFinished."""
@@ -113,8 +116,22 @@ class ContinueSwitchover(Effect, frozen=True, kw_only=True):
     """`migrate-continue`: the device state goes over."""
 
 
+class ServePages(Effect, frozen=True, kw_only=True):
+    """Post-copy: see the pages go. Answered by MemoryProgress again and again."""
+
+
+class ResumePages(Effect, frozen=True, kw_only=True):
+    """Post-copy: send the rest of the pages over a new connection. Answered by PagesResumed."""
+
+    plan: Plan
+    address: IncomingAddress
+
+
 class UndoSource(Effect, frozen=True, kw_only=True):
-    """Cancel memory and mirrors (by force if QMP hangs). Does not run the guest. Answered by Undone."""
+    """Cancel memory and mirrors (by force if QMP hangs). Does not run the guest. Answered by Undone.
+
+    A QEMU in post-copy cannot let its guest go on: it is ended.
+    """
 
     timeout_s: float
 
@@ -136,6 +153,16 @@ class Prepare(Effect, frozen=True, kw_only=True):
     """Make disks and taps, start the incoming QEMU, export the disks. Answered by IncomingReady."""
 
     plan: Plan
+
+
+class AwaitPages(Effect, frozen=True, kw_only=True):
+    """Post-copy: wait for the source on a new address. Answered by IncomingReady."""
+
+    plan: Plan
+
+
+class EndLost(Effect, frozen=True, kw_only=True):
+    """Post-copy, no page comes any more: end QEMU unless it has all. Answered by QemuGone or MemorySent."""
 
 
 class Unexport(Effect, frozen=True, kw_only=True):

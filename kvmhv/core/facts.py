@@ -73,6 +73,22 @@ class MemoryFailed(Fact, frozen=True, kw_only=True):
     error: ErrorBody
 
 
+class PagesFollow(Fact, frozen=True, kw_only=True):
+    """Source: QEMU says `postcopy-active`: it hands the state on, and cannot let the guest go on any more."""
+
+
+class StateLoaded(Fact, frozen=True, kw_only=True):
+    """Target: all but pages is loaded in `postcopy-active`: the guest can run, and waits for what it lacks."""
+
+
+class PagesResumed(Fact, frozen=True, kw_only=True):
+    """Source: the pages go over a new connection. What QEMU said of the old one was said before."""
+
+
+class PagesStopped(Fact, frozen=True, kw_only=True):
+    """QEMU on this side says `postcopy-paused`: the connection broke, no page goes over."""
+
+
 class GuestRuns(Fact, frozen=True, kw_only=True):
     """The Cont was done: QEMU's RESUME arrived at `resumed_ms`."""
 
@@ -144,6 +160,10 @@ class MemoryProgress(Fact, frozen=True, kw_only=True):
     dirty_bytes_per_s: float
     sampled_dirty_bytes_per_s: float | None = None
     """By a sample of pages taken beside the first pass."""
+    pages_bytes: int = 0
+    """Post-copy: sent since the guest runs at the target."""
+    pages_requests: int = 0
+    """Post-copy: pages that it asked for before their turn."""
 
 
 class HeldBack(Fact, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ An operator's reading of the rule, for one epoch (one change of host):
 
 1. The source grants once its QEMU has sent everything (or has no copy any more). That the grant was given is in the
    volatile journal before it is sent, so an agent that restarts knows it; a host that reboots has no copy left.
+   In post-copy that is when QEMU hands the state on: it cannot let its guest go on from there (source_pages.py).
 2. The target runs only on the grant for its epoch. That it is about to is in its volatile journal before `cont`.
    A source without a copy cannot say what its guest did last. Its grant counts only if the target knows that the guest
    was held: stopped by the source's agent, so that QEMU could not let it go on when the switchover failed.
@@ -106,7 +107,8 @@ def announce(hold: SourceHold) -> tuple[SourceHold, list[Effect]]:
 def grant(hold: SourceHold, *, sent: bool) -> tuple[SourceHold, list[Effect]]:
     """Give the VM away: journalled (volatile: no disk write in the blackout) before it is said. May be repeated.
 
-    `sent`: the source's QEMU has completed. A source without a copy may grant as well: it has nothing to run.
+    `sent`: the source's QEMU has completed, or has handed all but pages on and still has those. A source without a copy
+    may grant as well: it has nothing to run.
     """
     _require(hold.announced, "a grant that was not announced")
     _require(sent or hold.copy_lost, "a grant before everything was sent")

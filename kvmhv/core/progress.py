@@ -89,7 +89,7 @@ def dirty_bytes_per_s(standing: Standing) -> float:
 
 def estimate(standing: Standing) -> Estimate | None:
     """Return the seconds left and the end to be expected; None while nothing is known of the throughput."""
-    if standing.phase in (Phase.STATE, Phase.CLEANUP):
+    if standing.phase in (Phase.STATE, Phase.PAGES, Phase.CLEANUP):
         return None
     measured = throughput_bytes_per_s(standing)
     limits = [rate for rate in (standing.rule.bandwidth_bytes_per_s, standing.expected_bytes_per_s) if rate]
@@ -203,7 +203,7 @@ def progress(standing: Standing, before: float, since_s: float) -> float:
 
     Where no throughput is known it does not move.
     """
-    if standing.phase in (Phase.STATE, Phase.CLEANUP):
+    if standing.phase in (Phase.STATE, Phase.PAGES, Phase.CLEANUP):
         return max(before, BLACKOUT_PROGRESS)
     seen = estimate(standing)
     if seen is None or since_s <= 0:

@@ -8,16 +8,33 @@ the volatile journal with it, cannot tell.
 
 import msgspec
 
-from kvmhv.core import handover, source, source_undo, target, target_undo
-from kvmhv.core.effects import Effect, EndCopy, Finish, Journal, NeedOperator, SetTimer, UndoSource, UndoTarget
-from kvmhv.core.facts import QemuGone, Restarted
-from kvmhv.core.source_state import STEP_TIMER, SourceState, SourceStep, failed_body
-from kvmhv.core.target_state import TargetState, TargetStep
+from kvmhv.core import handover, source, source_undo, target, target_pages, target_undo
+from kvmhv.core.effects import (
+    Effect,
+    EndCopy,
+    Finish,
+    Journal,
+    NeedOperator,
+    ServePages,
+    SetTimer,
+    UndoSource,
+    UndoTarget,
+)
+from kvmhv.core.facts import MemorySent, QemuGone, Restarted
+from kvmhv.core.source_state import IDLE_TIMER, STEP_TIMER, SourceState, SourceStep, failed_body
+from kvmhv.core.target_state import Pages, TargetState, TargetStep
 from kvmhv.messages import Abort, Finished, Owned, Refused, Unknown
 from kvmhv.model import ErrorBody, MoveReport, Outcome
 
+POST_COPY = "postcopy-"
+"""How the states begin in which QEMU's source cannot let its guest go on, and its target lacks pages."""
+PAUSED = "postcopy-paused"
+
 MAYBE_COMPLETE = (SourceStep.MEMORY, SourceStep.STOPPING, SourceStep.SWITCHING)
 """Steps in which a source that died may have sent everything."""
+
+
+LOADED = (TargetStep.WAITING, TargetStep.STARTING)
 
 
 def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, list[Effect]]:
@@ -26,7 +43,11 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
     if not found.process:
         hold = hold.without_copy()
     state = msgspec.structs.replace(state, hold=hold, connected=False, guest_runs=state.guest_runs and found.process)
+    if state.step is SourceStep.SERVING:
+        return _serving_again(state, found)
     if state.step is SourceStep.GRANTED:
+        halted, sent = found.migration == PAUSED, state.memory_sent or found.migration == "completed"
+        state = msgspec.structs.replace(state, halted=halted, memory_sent=sent)
         return state, [SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
     if state.step is SourceStep.CLEANUP:
         timer = SetTimer(name=STEP_TIMER, after_s=state.timeouts.undo_s)
@@ -39,6 +60,13 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
         # The volatile journal was lost without a reboot: whether it was granted is not known any more.
         given, effects = handover.grant(hold, sent=True)
         state = msgspec.structs.replace(state, hold=given, step=SourceStep.GRANTED, guest_runs=False)
+        return state, [*effects, Journal(), SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
+    if found.process and found.migration.startswith(POST_COPY) and maybe_granted:
+        given, effects = handover.grant(hold, sent=True)
+        halted = found.migration == PAUSED
+        state = msgspec.structs.replace(
+            state, hold=given, step=SourceStep.GRANTED, guest_runs=False, handed_on=True, halted=halted
+        )
         return state, [*effects, Journal(), SetTimer(name=STEP_TIMER, after_s=state.timeouts.grant_s)]
     if hold.copy_lost and maybe_granted:
         given, effects = handover.grant(hold, sent=False)
@@ -57,6 +85,16 @@ def recover_source(state: SourceState, found: Restarted) -> tuple[SourceState, l
     return source_undo.fail(state, found.at_ms, error)
 
 
+def _serving_again(state: SourceState, found: Restarted) -> tuple[SourceState, list[Effect]]:
+    if found.process and found.migration == "completed":
+        return source.step(state, MemorySent(at_ms=found.at_ms))
+    attempt = state.attempt + 1
+    state = msgspec.structs.replace(
+        state, halted=found.migration == PAUSED, attempt=attempt, resuming=False, followed_ms=0.0
+    )
+    return state, [SetTimer(name=IDLE_TIMER, after_s=state.timeouts.grant_s), ServePages()]
+
+
 def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:
     """Return how the target goes on."""
     state = msgspec.structs.replace(state, connected=False, preparing=False)
@@ -70,6 +108,10 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
         return state, [timer, UndoTarget(plan=state.plan)]
     # A `cont` that was sent was noted before: where that note is lost (the volatile journal was), QEMU is the evidence.
     ran = state.step is TargetStep.WAITING and found.process and found.ever_ran
+    if found.process and found.migration.startswith(POST_COPY) and state.step in LOADED:
+        state = target_pages.loaded(state, found.at_ms)
+    if found.migration == "completed" and state.step in LOADED and state.pages is Pages.MISSING:
+        state = msgspec.structs.replace(state, pages=Pages.THERE)  # only the agent that is gone heard it
     if ran or state.step is TargetStep.STARTING:
         if not found.process:
             return target.step(state, QemuGone(at_ms=found.at_ms, error=_gone(state)))
@@ -79,20 +121,29 @@ def recover_target(state: TargetState, found: Restarted) -> tuple[TargetState, l
         state = msgspec.structs.replace(state, hold=hold, step=TargetStep.STARTING)
         return state, [*effects, SetTimer(name=target.STEP_TIMER, after_s=timeouts.grant_s)]
     if state.step is TargetStep.SETTLING:
-        return state, target.adopt(state)
+        return _settling_again(state, found)
     if state.step is TargetStep.WAITING and not found.process:
         return _without_process(state, found)
     if state.step is TargetStep.WAITING:
         if found.migration in ("failed", "cancelled"):
             return target_undo.refuse(state, _restarted(state))
-        state = msgspec.structs.replace(
-            state, transferred=found.migration == "completed", granted_epoch=None, mirrors_ended=False
-        )
+        loaded = found.migration == "completed" or found.migration.startswith(POST_COPY)
+        state = msgspec.structs.replace(state, transferred=loaded, granted_epoch=None, mirrors_ended=False)
         return state, [
             SetTimer(name=target.STEP_TIMER, after_s=timeouts.storage_s + timeouts.memory_s),
             SetTimer(name=target.PEER_TIMER, after_s=timeouts.reconnect_s),
         ]
     return state, []
+
+
+def _settling_again(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:
+    effects: list[Effect] = []
+    state = msgspec.structs.replace(state, attempt=0, pages_address=None)
+    if found.migration == "completed":
+        state, effects = target_pages.complete(state, found)
+    elif not found.process:
+        state, effects = target_pages.gone(state, QemuGone(at_ms=found.at_ms, error=_gone(state)))
+    return state, [*effects, *target.adopt(state)]
 
 
 def _without_process(state: TargetState, found: Restarted) -> tuple[TargetState, list[Effect]]:
@@ -135,7 +186,7 @@ def answer_as_target(ended: MoveReport | None, epoch: int, host: str) -> Owned |
     It ended well: it owns the VM. It ended otherwise: refused. It knows nothing of it: that proves nothing.
     """
     if ended is not None and ended.outcome is Outcome.DONE:
-        return Owned(epoch=epoch)
+        return Owned(epoch=epoch, ended=True, lost=ended.error)
     if ended is not None:
         error = ended.error or ErrorBody(code="move-ended", message=f"the move had ended on {host}", todo="", host=host)
         return Refused(epoch=epoch, error=error)

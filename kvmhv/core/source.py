@@ -9,7 +9,7 @@ Before `granted` every failure ends with the VM running here, in the same proces
 only on the target's proof (handover.py). The handlers stand in source_setup.py, source_switchover.py, source_undo.py.
 """
 
-from kvmhv.core import facts, savings, source_setup, source_switchover, source_undo
+from kvmhv.core import facts, savings, source_pages, source_setup, source_switchover, source_undo
 from kvmhv.core.effects import ClearTimer, Effect, Send, SetTimer
 from kvmhv.core.handover import SourceRight
 from kvmhv.core.source_state import (
@@ -31,6 +31,8 @@ from kvmhv.messages import (
     FilesSent,
     FilesWanted,
     Owned,
+    PagesDone,
+    PagesFrom,
     Ready,
     Refused,
     Running,
@@ -57,8 +59,8 @@ def _check(state: SourceState) -> None:
     hold = state.hold
     if state.step in BEFORE_BLACKOUT:
         assert hold.right is SourceRight.HOLDS, f"{state.step} while {hold.right}"
-    if state.step is SourceStep.CLEANUP:
-        assert hold.right is SourceRight.YIELDED, f"clean-up while {hold.right}"
+    if state.step in (SourceStep.SERVING, SourceStep.CLEANUP):
+        assert hold.right is SourceRight.YIELDED, f"{state.step} while {hold.right}"
     if state.guest_runs:
         assert hold.may_run(), f"the guest runs at a source that {hold.right}"
     if state.step is SourceStep.ENDED:
@@ -86,8 +88,10 @@ def _connected(state: SourceState, fact: facts.Fact) -> Result:
         effects += more
     elif state.step is SourceStep.UNDOING and state.failure is not None:
         effects.append(Send(message=Abort(epoch=epoch, error=state.failure)))
-    elif state.step is SourceStep.CLEANUP and not state.target_owns:
+    elif state.step in (SourceStep.SERVING, SourceStep.CLEANUP) and not state.target_owns:
         effects.append(Send(message=source_switchover.proof(state)))
+    if state.step is SourceStep.SERVING:
+        effects += source_pages.said(state)
     return state, effects
 
 
@@ -108,7 +112,7 @@ S = SourceStep
 BEFORE_PROOF = (S.STOPPING, S.SWITCHING, S.GRANTED)
 """Where the target may wait to hear that the mirrors have ended."""
 
-TIMERS = {STEP_TIMER: tuple(S), IDLE_TIMER: (S.STORAGE, S.MEMORY), PEER_TIMER: UNDOABLE}
+TIMERS = {STEP_TIMER: tuple(S), IDLE_TIMER: (S.STORAGE, S.MEMORY, S.SERVING), PEER_TIMER: UNDOABLE}
 """In which steps a timer means something."""
 
 ON_MESSAGE: dict[tuple[SourceStep, type], Handler] = {
@@ -117,8 +121,11 @@ ON_MESSAGE: dict[tuple[SourceStep, type], Handler] = {
     (S.OFFERING, Ready): source_setup.ready,
     (S.GRANTED, Running): source_switchover.running,
     (S.GRANTED, Owned): source_switchover.owned,
-    (S.CLEANUP, Owned): source_switchover.owned,
-    (S.CLEANUP, Unknown): source_switchover.forgotten,
+    (S.SERVING, Running): source_pages.heard_again,
+    (S.SERVING, PagesFrom): source_pages.resume,
+    (S.SERVING, PagesDone): source_pages.done,
+    **{(at, Owned): source_switchover.owned for at in (S.SERVING, S.CLEANUP)},
+    **{(at, Unknown): source_switchover.forgotten for at in (S.SERVING, S.CLEANUP)},
     (S.UNDOING, Refused): source_undo.target_undone,
     (S.UNDOING, Unknown): source_undo.target_undone_unknown,
     **{(at, Refused): source_undo.refused for at in (*UNDOABLE, S.GRANTED)},
@@ -137,6 +144,17 @@ ON_FACT: dict[tuple[SourceStep, type], Handler] = {
     (S.STOPPING, facts.PreSwitchover): source_switchover.pre_switchover,
     (S.STOPPING, facts.MirrorsFinished): source_switchover.mirrors_finished,
     (S.SWITCHING, facts.MemorySent): source_switchover.memory_sent,
+    (S.SWITCHING, facts.PagesFollow): source_pages.follow,
+    (S.GRANTED, facts.MemorySent): source_pages.all_sent,
+    (S.GRANTED, facts.PagesStopped): source_pages.stopped_early,
+    (S.CLEANUP, facts.MemoryProgress): source_pages.counted,
+    (S.SERVING, facts.MemoryProgress): source_pages.progress,
+    (S.SERVING, facts.Failed): source_pages.failed,
+    (S.SERVING, facts.PagesStopped): source_pages.stopped,
+    (S.SERVING, facts.PagesResumed): source_pages.resumed,
+    (S.SERVING, facts.MemorySent): source_pages.done,
+    (S.SERVING, facts.QemuGone): source_pages.gone,
+    (S.SERVING, facts.TimerFired): source_pages.too_long,
     (S.GRANTED, facts.TimerFired): source_switchover.granted_too_long,
     (S.CLEANUP, facts.CopyEnded): source_switchover.copy_ended,
     (S.CLEANUP, facts.CopyRemoved): source_switchover.copy_removed,

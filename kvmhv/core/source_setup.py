@@ -184,11 +184,19 @@ def pass_started(state: SourceState, fact: facts.Fact) -> Result:
     switchover = precopy.decide(state.rule, fact, passes, predicted_ms)
     if switchover is None:
         return _next_pass(state, fact.at_ms, [])
-    if blackout.exceeds(state.rule, predicted_ms) and state.rule.on_overrun != blackout.ACCEPT:
+    over = blackout.exceeds(state.rule, predicted_ms)
+    limited = state.rule.blackout_limit_ms and predicted_ms is not None
+    follow = state.rule.post_copy and (over if limited else switchover.reason == precopy.PASS_LIMIT)
+    if over and not follow and state.rule.on_overrun != blackout.ACCEPT:
         return _would_overrun(state, fact, switchover)
     state, entry = source_switchover.announce(state)
-    state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False)
-    return state, [*entry, StopGuest(), ClearTimer(name=IDLE_TIMER), *source_switchover.blackout_timer(state)]
+    state = update(state, step=SourceStep.STOPPING, switchover=switchover, guest_runs=False, pages_follow=follow)
+    return state, [
+        *entry,
+        StopGuest(post_copy=follow),
+        ClearTimer(name=IDLE_TIMER),
+        *source_switchover.blackout_timer(state),
+    ]
 
 
 def _announce_when_near(state: SourceState, at_ms: float) -> Result:

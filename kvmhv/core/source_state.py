@@ -23,6 +23,7 @@ from kvmhv.model import (
     MoveReport,
     MoveRequest,
     Outcome,
+    PagesFollowed,
     Pass,
     Phase,
     PhaseTime,
@@ -46,6 +47,7 @@ class SourceStep(enum.StrEnum):
     STOPPING = "stopping"
     SWITCHING = "switching"
     GRANTED = "granted"
+    SERVING = "serving"
     CLEANUP = "cleanup"
     ABORTING = "aborting"
     CONCLUDING = "concluding"
@@ -138,6 +140,21 @@ class SourceState(Struct, frozen=True, kw_only=True):
     pre_switchover: bool = False
     mirrors_finished: bool = False
     memory_sent: bool = False
+    pages_follow: bool = False
+    """Post-copy: the lever was pulled so that pages go over after the switchover."""
+    handed_on: bool = False
+    """Post-copy: QEMU has handed the state on, and cannot let the guest go on any more."""
+    halted: bool = False  # it has lost its connection
+    attempt: int = 0
+    resuming: bool = False
+    """Post-copy: which one it is to get another; whether that is being made."""
+    pages_bytes: int = 0
+    pages_requests: int = 0
+    """Sent since the guest runs at the target; asked for by it before their turn."""
+    followed_ms: float = 0.0
+    """Since when the newest one stands: what QEMU said before is of another."""
+    lost: ErrorBody | None = None
+    """Post-copy: what the guest had in memory is lost, by the target's word."""
 
     copy_ended: bool = False
     target_owns: bool = False
@@ -229,7 +246,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
     if state.stopped_ms is not None and state.resumed_ms is not None:
         blackout_ms = max(0.0, state.resumed_ms - state.stopped_ms)
     standing = standing_of(state, now_ms)
-    failure = state.stuck or state.failure
+    failure = state.stuck or state.failure or state.lost
     runs = state.outcome is Outcome.RUNNING and state.step is not SourceStep.UNDOING
     return MoveReport(
         id=state.move_id,
@@ -274,6 +291,20 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         plan=state.plan if state.step is SourceStep.ENDED else None,
         queued_seconds=state.queued_s,
         savings=savings.of_disks(state.plan, state.disks_sent),
+        pages=_pages(state, now_ms),
+    )
+
+
+def _pages(state: SourceState, now_ms: float) -> PagesFollowed | None:
+    if not state.handed_on or state.resumed_ms is None:
+        return None
+    seconds = sum(one.seconds for one in phase_times(state, now_ms) if one.phase is Phase.PAGES)
+    return PagesFollowed(
+        sent_bytes=state.pages_bytes,
+        requests=state.pages_requests,
+        seconds=seconds,
+        attempts=state.attempt,
+        complete=state.memory_sent and state.lost is None,
     )
 
 
@@ -294,7 +325,7 @@ def _shown_progress(state: SourceState, standing: progress.Standing) -> float:
     """Between two facts it stands: what is shown must not depend on when somebody looks."""
     if state.step is SourceStep.ENDED and state.outcome is Outcome.DONE:
         return 1.0
-    in_blackout = standing.phase in (Phase.STATE, Phase.CLEANUP)
+    in_blackout = standing.phase in (Phase.STATE, Phase.PAGES, Phase.CLEANUP)
     return progress.progress(standing, state.progress, 0.0) if in_blackout else state.progress
 
 

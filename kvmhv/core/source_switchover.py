@@ -3,7 +3,7 @@
 No journal on disk and no round trip lies between the guest's stop here and its run at the target, but the grant itself.
 """
 
-from kvmhv.core import blackout, facts, handover, precopy
+from kvmhv.core import blackout, facts, handover, precopy, source_pages
 from kvmhv.core.effects import (
     ClearTimer,
     ContinueSwitchover,
@@ -121,7 +121,8 @@ def memory_sent(state: SourceState, fact: facts.Fact) -> Result:
 
 def grant_it(state: SourceState) -> Result:
     """Give the VM away and wait for the proof; that it is said again does not make the wait longer."""
-    hold, effects = handover.grant(state.hold, sent=state.memory_sent)
+    sent = state.memory_sent or (state.handed_on and not state.hold.copy_lost)
+    hold, effects = handover.grant(state.hold, sent=sent)
     after = update(state, hold=hold, step=SourceStep.GRANTED, guest_runs=False)
     if state.step is SourceStep.GRANTED:
         return after, effects
@@ -164,6 +165,10 @@ def _yield(state: SourceState, at_ms: float) -> Result:
     stood = state.outcome is Outcome.NEEDS_OPERATOR  # then the target may have said that it cannot tell
     hold = handover.yield_copy(state.hold, state.hold.epoch)
     state = update(state, hold=hold, outcome=Outcome.RUNNING, failure=None)
+    served = state.handed_on or (state.rule.post_copy and state.hold.copy_lost)  # who rebooted does not know any more
+    if served and not state.memory_sent:
+        after, effects = source_pages.serve(state, at_ms)
+        return after, [*effects, Send(message=proof(state))] if stood else effects
     state = state.begin_phase(Phase.CLEANUP, state.resumed_ms or at_ms)
     after, effects = enter(state, SourceStep.CLEANUP, state.timeouts.undo_s)
     tell: list[Effect] = [Send(message=proof(state))] if stood else []
@@ -195,7 +200,11 @@ def owned(state: SourceState, fact: facts.Fact) -> Result:
     effects: list[Effect] = []
     if state.step is SourceStep.GRANTED:  # its Running was lost with a connection
         state, effects = _yield(state, fact.at_ms)
-    after, more = _remove_when_owned(update(state, target_owns=True))
+    state = update(state, target_owns=True)
+    if state.step is SourceStep.SERVING and message.ended:
+        after, more = source_pages.settled(state, fact.at_ms, message.lost)
+    else:
+        after, more = _remove_when_owned(state)
     return after, [*effects, *more]
 
 

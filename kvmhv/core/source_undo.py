@@ -227,6 +227,8 @@ def qemu_gone(state: SourceState, fact: facts.Fact) -> Result:
     state = update(state, hold=state.hold.without_copy(), guest_runs=False)
     if state.step is SourceStep.SWITCHING:
         return source_switchover.grant_it(state)  # nothing is left to run here: the target may have it all
+    if state.step is SourceStep.GRANTED and state.handed_on and not state.memory_sent:
+        return source_switchover.grant_it(state)  # a target that has not run it yet must know that it will lack pages
     if state.step in UNDOABLE:
         return undo(state, fact.at_ms, Outcome.FAILED, fact.error)
     if state.step is SourceStep.UNDOING:
@@ -257,6 +259,8 @@ def too_long(state: SourceState, fact: facts.TimerFired) -> ErrorBody:
 def cancel(state: SourceState, fact: facts.Fact) -> Result:
     """Take the move back on request."""
     assert isinstance(fact, facts.CancelRequested)
+    if state.step is SourceStep.SWITCHING and state.pages_follow:
+        return state, []  # QEMU may have handed the state on already: it is about to say so
     text = f"cancelled by {fact.caller}; the VM runs on {state.source}"
     error = ErrorBody(code="cancelled", message=text, todo="", host=state.source, exit_status=6)
     return undo(state, fact.at_ms, Outcome.CANCELLED, error)

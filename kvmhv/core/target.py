@@ -8,9 +8,8 @@ Once all is loaded (`transferred`) the target never gives the VM up by itself: t
 the only copy. It waits for the grant or for the source's abort, and tells the operator.
 """
 
-from kvmhv.core import facts, handover, target_undo
+from kvmhv.core import facts, handover, target_pages, target_standing, target_undo
 from kvmhv.core.effects import (
-    Adopt,
     ClearTimer,
     Cont,
     Effect,
@@ -23,11 +22,13 @@ from kvmhv.core.effects import (
     Unexport,
 )
 from kvmhv.core.handover import TargetRight
+from kvmhv.core.target_standing import adopt
 from kvmhv.core.target_state import (
     BEFORE_RUN,
     PEER_TIMER,
     STEP_TIMER,
     Handler,
+    Pages,
     Result,
     TargetState,
     TargetStep,
@@ -43,6 +44,8 @@ from kvmhv.messages import (
     MirrorsEnded,
     Offer,
     Owned,
+    PagesEnd,
+    PagesHalted,
     Ready,
     Running,
     Unknown,
@@ -139,7 +142,11 @@ def _unexported(state: TargetState, fact: facts.Fact) -> Result:
 
 
 def _loaded(state: TargetState, fact: facts.Fact) -> Result:
-    return _run_when_granted(update(state, transferred=True, loaded_ms=fact.at_ms))
+    return _run_when_granted(update(state, transferred=True, pages=Pages.TOGETHER, loaded_ms=fact.at_ms))
+
+
+def _state_loaded(state: TargetState, fact: facts.Fact) -> Result:
+    return _run_when_granted(target_pages.loaded(state, fact.at_ms))
 
 
 def _grant(state: TargetState, fact: facts.Fact) -> Result:
@@ -153,20 +160,15 @@ def _grant(state: TargetState, fact: facts.Fact) -> Result:
     if first and not state.transferred:  # it will be said at once, or never: the source's QEMU is gone
         effects.append(SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.grant_s / 2))
     if not message.sent and not state.held:
-        error = ErrorBody(
-            code="source-lost",
-            message=f"{state.source} lost its copy of {state.vm.name} in the switchover and cannot prove that the one "
-            f"on {state.target} is the newest; the VM is stopped on {state.source}, with all its acknowledged writes",
-            todo=f"start it on {state.source}",
-            host=state.source,
-        )
-        return target_undo.refuse(state, error)
+        return target_undo.source_lost(state)
     state = update(state, granted_epoch=message.epoch, granted_ms=fact.at_ms)
     after, more = _run_when_granted(update(state, granted_sent=message.sent, mirrors_ended=True))
     return after, [*effects, *more]
 
 
 def _run_when_granted(state: TargetState) -> Result:
+    if state.granted_epoch is not None and not state.granted_sent and state.pages is Pages.MISSING:
+        return target_undo.source_lost(state)
     if state.granted_epoch is None or not (state.transferred and state.unexported):
         return state, []
     hold, effects = handover.run_at_target(
@@ -209,16 +211,12 @@ def _first_frame(state: TargetState, fact: facts.Fact) -> Result:
     return state, [Send(message=_owned(state))] if state.adopted else []
 
 
-def adopt(state: TargetState) -> list[Effect]:
-    """Make the VM this host's own."""
-    return [Adopt(vm=state.vm), SetTimer(name=STEP_TIMER, after_s=state.plan.timeouts.undo_s)]
-
-
 def _died_starting(state: TargetState, fact: facts.Fact) -> Result:
     """QEMU died under the Cont: the guest may have run, so the VM is this host's all the same, and stopped here."""
     assert isinstance(fact, facts.QemuGone)
     state = update(state, step=TargetStep.SETTLING, warnings=(*state.warnings, fact.error.message))
-    return state, adopt(state)
+    state, said = target_pages.gone(state, fact)
+    return state, [*said, *adopt(state)]
 
 
 def _cannot_run(state: TargetState, fact: facts.Fact) -> Result:
@@ -262,6 +260,8 @@ def _finished(state: TargetState, fact: facts.Fact) -> Result:
 
 def _settled(state: TargetState, fact: facts.Fact) -> Result:
     """The source does not say that it has finished: all that is this host's to do is done."""
+    if state.adopted and state.pages is Pages.MISSING:
+        return target_pages.wait_on(state)
     if state.adopted:
         return _end_owning(state)
     error = ErrorBody(
@@ -293,31 +293,7 @@ def _say_it_runs(state: TargetState) -> list[Effect]:
         effects.append(Send(message=_running(state, state.resumed_ms)))
     if state.adopted:
         effects.append(Send(message=_owned(state)))
-    return effects
-
-
-def _standing_granted(state: TargetState, fact: facts.Fact) -> Result:
-    """A grant does not say whether it was run before the reboot; the source's proof does.
-
-    If the source has lost its copy too, only the disks are left: where both hosts share them, nothing is at stake.
-    """
-    message = facts.message_of(fact, Grant)
-    both_lost = not message.sent and not state.plan.disk_copies
-    if (message.ran or both_lost) and message.epoch == state.hold.epoch:
-        hold = handover.own_by_proof(state.hold, granted_epoch=message.epoch)
-        when = "after it had taken" if message.ran else f"as {state.source} did, when it was about to take"
-        warning = f"{state.target} rebooted {when} {state.vm.name} over: the VM is stopped"
-        after = update(
-            state,
-            hold=hold,
-            step=TargetStep.SETTLING,
-            outcome=Outcome.RUNNING,
-            failure=None,
-            warnings=(*state.warnings, warning),
-        )
-        return after, [Journal(), *adopt(after)]
-    assert state.failure is not None
-    return state, [Send(message=Unknown(epoch=state.hold.epoch, error=state.failure))]
+    return [*effects, *target_pages.said(state)]
 
 
 # --- the connection
@@ -361,7 +337,9 @@ ON_MESSAGE: dict[tuple[TargetStep, type], Handler] = {
     (S.WAITING, MirrorsEnded): _mirrors_ended,
     (S.WAITING, Grant): _grant,
     (S.SETTLING, Finished): _finished,
-    (S.STANDING, Grant): _standing_granted,
+    (S.SETTLING, PagesEnd): target_pages.ended,
+    (S.SETTLING, PagesHalted): target_pages.halted,
+    (S.STANDING, Grant): target_standing.granted,
     **{(at, Abort): target_undo.aborted for at in (*BEFORE_RUN, S.STANDING)},
     **{(at, Abort): _abort_too_late for at in (S.STARTING, S.SETTLING)},
     **{(at, Grant): _abort_too_late for at in (S.STARTING, S.SETTLING)},
@@ -373,6 +351,12 @@ ON_FACT: dict[tuple[TargetStep, type], Handler] = {
     (S.PREPARING, facts.IncomingReady): _incoming_ready,
     (S.WAITING, facts.Unexported): _unexported,
     (S.WAITING, facts.MemorySent): _loaded,
+    (S.WAITING, facts.StateLoaded): _state_loaded,
+    (S.STARTING, facts.MemorySent): target_pages.complete,
+    (S.SETTLING, facts.MemorySent): target_pages.complete,
+    (S.SETTLING, facts.QemuGone): target_pages.gone,
+    (S.SETTLING, facts.MemoryFailed): target_pages.failed,
+    (S.SETTLING, facts.IncomingReady): target_pages.waits,
     (S.WAITING, facts.MemoryFailed): target_undo.failed,
     (S.STARTING, facts.GuestRuns): _runs,
     (S.STARTING, facts.Failed): _cannot_run,

@@ -25,6 +25,16 @@ class TargetStep(enum.StrEnum):
     ENDED = "ended"
 
 
+class Pages(enum.StrEnum):
+    """Post-copy: how it stands with the guest's pages."""
+
+    TOGETHER = "together"
+    """No post-copy: they come before all else is there."""
+    MISSING = "missing"
+    THERE = "there"
+    LOST = "lost"
+
+
 class TargetState(Struct, frozen=True, kw_only=True):
     """Immutable; step makes the next one. Journalled whole."""
 
@@ -56,6 +66,13 @@ class TargetState(Struct, frozen=True, kw_only=True):
     granted_sent: bool = True
     unexported: bool = False
     transferred: bool = False
+    pages: Pages = Pages.TOGETHER
+    lost: ErrorBody | None = None
+    """Why what the guest had in memory is lost."""
+    attempt: int = 0
+    """Post-copy: which one of the source's to send the rest of the pages is waited for."""
+    pages_address: IncomingAddress | None = None
+    """Where."""
     granted_epoch: int | None = None
     loaded_ms: float | None = None
     granted_ms: float | None = None
@@ -94,7 +111,7 @@ def report(state: TargetState) -> MoveReport:
             state.source_report, direction="in", warnings=(*state.source_report.warnings, *state.warnings)
         )
         return first_frame.noted(whole, state.first_frame_after_ms)
-    vm, failure, outcome = state.vm, state.stuck or state.failure, state.outcome
+    vm, failure, outcome = state.vm, state.stuck or state.failure or state.lost, state.outcome
     if state.step is TargetStep.UNDOING:
         outcome = Outcome.RUNNING if state.stuck is None else Outcome.NEEDS_OPERATOR
     phase = Phase.CLEANUP if state.step in (TargetStep.SETTLING, TargetStep.ENDED) else Phase.SETUP

@@ -95,6 +95,18 @@ def failed(state: TargetState, fact: facts.Fact) -> Result:
     return refuse(state, fact.error)
 
 
+def source_lost(state: TargetState) -> Result:
+    """The source has no copy any more, and the one here is not known to be whole: it is given up before it ran."""
+    error = ErrorBody(
+        code="source-lost",
+        message=f"{state.source} lost its copy of {state.vm.name} in the switchover and cannot prove that the one "
+        f"on {state.target} is the newest; the VM is stopped on {state.source}, with all its acknowledged writes",
+        todo=f"start it on {state.source}",
+        host=state.source,
+    )
+    return refuse(state, error)
+
+
 def timed_out(state: TargetState, fact: facts.Fact) -> Result:
     """A wait was too long. A complete copy is never given up for that: it may be the only one."""
     assert isinstance(fact, facts.TimerFired)

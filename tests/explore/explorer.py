@@ -256,6 +256,8 @@ class Explorer(Packing):
             raise Violation("the VM is lost")
         if owner.qemu is not None and owner.qemu.status != "running":
             raise Violation("the VM stands still after the end")
+        if owner.qemu is not None and owner.qemu.migration in acts.MISSING:
+            raise Violation("the guest waits for pages for ever")
         if owner.qemu is not None and (owner.qemu.mirrors or owner.qemu.migration in acts.ACTIVE):
             raise Violation("the source still copies after the end")
         outcome = reports[0].outcome

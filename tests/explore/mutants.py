@@ -7,11 +7,22 @@ from typing import Any
 import msgspec
 
 from kvmhv.core import effects as ef
-from kvmhv.core import facts, handover, recover, source, source_switchover, source_undo, target, target_undo
+from kvmhv.core import (
+    facts,
+    handover,
+    recover,
+    source,
+    source_pages,
+    source_switchover,
+    source_undo,
+    target,
+    target_pages,
+    target_undo,
+)
 from kvmhv.core.handover import SourceHold, SourceRight, TargetHold, TargetRight
 from kvmhv.core.source_state import SourceStep
-from kvmhv.core.target_state import TargetStep
-from kvmhv.messages import Abort, Grant, Owned, Refused, Unknown
+from kvmhv.core.target_state import Pages, TargetStep
+from kvmhv.messages import Abort, Grant, Owned, PagesFrom, PagesHalted, Refused, Unknown
 from kvmhv.model import MoveReport, Outcome
 
 S, T = SourceStep, TargetStep
@@ -339,6 +350,59 @@ def _(patches: Patches) -> None:
         return after, without(effects, ef.Adopt, ef.SetTimer)
 
     old = patches.attribute(recover, "recover_target", forgetful)
+
+
+PAGES = "pages: "
+"""How the names begin of mistakes that only post-copy shows."""
+
+
+@mutant("pages: the source ends its QEMU as soon as the target runs")
+def _(patches: Patches) -> None:
+    patches.attribute(source_pages, "serve", lambda state, at_ms: source_pages.settled(state, at_ms, None))
+
+
+@mutant("pages: a restarted source ends the QEMU that has them")
+def _(patches: Patches) -> None:
+    def hasty(state: Any, found: facts.Restarted) -> Any:
+        return source_pages.settled(state, 0, None)
+
+    patches.attribute(recover, "_serving_again", hasty)
+
+
+@mutant("pages: a target that lacks them runs after a source that lost its copy")
+def _(patches: Patches) -> None:
+    def trusting(state: Any, at_ms: float) -> Any:
+        return msgspec.structs.replace(old(state, at_ms), pages=Pages.TOGETHER)
+
+    old = patches.attribute(target_pages, "loaded", trusting)
+
+
+@mutant("pages: a connection that broke is not made anew")
+def _(patches: Patches) -> None:
+    patches.entry(source.ON_MESSAGE, (S.SERVING, PagesFrom), None)
+
+
+@mutant("pages: a connection that broke counts as their loss")
+def _(patches: Patches) -> None:
+    def hasty(state: Any, fact: facts.Fact) -> Any:
+        return state, [ef.EndLost()]
+
+    patches.entry(target.ON_MESSAGE, (T.SETTLING, PagesHalted), hasty)
+
+
+@mutant("pages: that none comes any more is not said")
+def _(patches: Patches) -> None:
+    patches.attribute(source_pages, "said", lambda state: [])
+
+
+@mutant("pages: a source that rebooted does not ask for them")
+def _(patches: Patches) -> None:
+    def forgetful(state: Any, at_ms: float) -> Any:
+        if not state.handed_on:
+            state = msgspec.structs.replace(state, rule=msgspec.structs.replace(state.rule, post_copy=False))
+        return old(state, at_ms)
+
+    old = patches.attribute(source_switchover, "_yield", forgetful)
 
 
 def _error() -> Any:

@@ -83,6 +83,7 @@ class Packing(Transitions):
         return World(
             hosts=(one, two),
             shared=not self.bounds.disks,
+            post_copy=self.bounds.post_copy,
             link=bool(flags & LINK),
             crashed=bool(flags & CRASHED),
             move=flags // MOVE,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.explore.explorer import Explorer, Found, NeverEnds, check_that_it_ends
-from tests.explore.mutants import MUTANTS, planted
-from tests.explore.transitions import KINDS, Bounds
+from tests.explore.mutants import MUTANTS, PAGES, planted
+from tests.explore.transitions import KINDS, MEMORY_LINK, Bounds
 
 QUICK = int(os.environ.get("KVMHV_SIM_MOVES", "50000")) < 1000
 """`script/test quick`: one small exploration, and the mistakes that it finds at once."""
@@ -24,6 +24,10 @@ BOUNDS = (
     Bounds(faults=3, disks=0, move=0),
     Bounds(faults=3, disks=0, move=1),
     Bounds(faults=3, disks=0, kinds=frozenset({"cut", "slow"})),
+    Bounds(faults=1, disks=1, kinds=WITH_SLOW | {MEMORY_LINK}, post_copy=True),
+    Bounds(faults=2, disks=0, kinds=frozenset({"slow", MEMORY_LINK}), post_copy=True),
+    Bounds(faults=2, disks=0, kinds=frozenset({"kill", MEMORY_LINK}), post_copy=True),
+    Bounds(faults=2, disks=0, kinds=frozenset({"qemu", "host", MEMORY_LINK}), post_copy=True),
 )
 SMALL = Bounds(faults=1, disks=0)
 
@@ -32,7 +36,8 @@ def _name(bounds: Bounds) -> str:
     kinds = (
         "all" if bounds.kinds == KINDS else "all-and-slow" if bounds.kinds > KINDS else "-".join(sorted(bounds.kinds))
     )
-    return f"{bounds.faults}-faults-{kinds}-{bounds.disks}-disks-{('there', 'back')[bounds.move]}"
+    name = f"{bounds.faults}-faults-{kinds}-{bounds.disks}-disks-{('there', 'back')[bounds.move]}"
+    return f"{name}-post-copy" if bounds.post_copy else name
 
 
 SLOW_TO_FIND = (
@@ -47,6 +52,11 @@ HUNTS = (
     Bounds(faults=1, disks=1),
     Bounds(faults=2, disks=1, kinds=frozenset({"qemu", "host"})),
     Bounds(faults=2, disks=0, kinds=frozenset({"cut", "slow"})),
+)
+
+PAGES_HUNTS = (
+    Bounds(faults=1, disks=0, kinds=frozenset({"qemu", "host", MEMORY_LINK}), post_copy=True),
+    Bounds(faults=1, disks=1, kinds=KINDS, post_copy=True),
 )
 
 
@@ -124,7 +134,7 @@ def explored(bounds: Bounds) -> tuple[int, dict[str, int], int]:
 def hunt(name: str) -> bool:
     """Return whether a planted mistake is noticed."""
     with planted(name):
-        for bounds in HUNTS:
+        for bounds in PAGES_HUNTS if name.startswith(PAGES) else HUNTS:
             try:
                 Explorer(bounds).explore()
             except Found:

@@ -8,7 +8,7 @@ from kvmhv.core import facts, recover, source, target
 from kvmhv.core.facts import Fact
 from kvmhv.core.source_state import SourceState
 from kvmhv.messages import Answer, AnyMessage, Finished, Offer, Ready
-from kvmhv.model import IncomingAddress, MoveReport
+from kvmhv.model import IncomingAddress, MoveReport, Rule
 from tests.explore import acts
 from tests.explore.memory import Memory
 from tests.explore.world import CONNECTED, LOST, Host, Qemu, World
@@ -21,6 +21,8 @@ MOVES = 2
 Next = tuple[str, World]
 
 
+MEMORY_LINK = "memory"
+"""Another kind of fault, of post-copy: the connection breaks over which the pages go."""
 KINDS = frozenset({"kill", "qemu", "host", "cut", "dup", "reorder"})
 """What can break. `slow`, which is not among them: a timer that goes off although all is well, or a cancel."""
 
@@ -33,6 +35,7 @@ class Bounds(NamedTuple):
     move: int = 0
     """0: from A to B; 1: the way back, as the first move leaves the hosts."""
     kinds: frozenset[str] = KINDS
+    post_copy: bool = False
 
 
 def connected(host: Host) -> Host:
@@ -61,7 +64,8 @@ class Transitions:
             Host(ended=(-1,) * MOVES, defined=True, disk="good", qemu=Qemu("running", fresh=True)),
             Host(ended=(-1,) * MOVES),
         )
-        return self._begin(World(hosts=hosts, shared=not self.bounds.disks), moving)
+        world = World(hosts=hosts, shared=not self.bounds.disks, post_copy=self.bounds.post_copy)
+        return self._begin(world, moving)
 
     def _begin(self, world: World, moving: examples.Vm) -> World:
         """Take a move up to its memory phase, without faults."""
@@ -71,6 +75,7 @@ class Transitions:
             source=HOSTS[here],
             target=HOSTS[there],
             move_id=f"move-{world.move}",
+            rule=Rule(max_passes=1, post_copy=True) if self.bounds.post_copy else None,
             volatile_id=self._volatile_id(world, here),
             used_bytes=MUCH_BYTES,
         )
@@ -155,6 +160,9 @@ class Transitions:
             yield from self._deaths_within(world, index)
         if host.qemu is not None and "qemu" in kinds:
             yield f"QEMU of {name} dies", self._qemu_dies(world, index)
+        if host.qemu is not None and host.qemu.migration == acts.FOLLOW and MEMORY_LINK in kinds:
+            halted = world.at(index, host._replace(qemu=host.qemu._replace(migration=acts.HALTED)))
+            yield f"the pages' connection breaks at {name}", self._event(halted, index, facts.PagesStopped(at_ms=0))
         if "dup" in kinds and host.agent and host.inbox and host.inbox[0] >= 0:
             yield f"{name} hears {self._word(host.inbox[0])} twice", self._hear(world, index, host.inbox[0])
         if "reorder" in kinds and host.agent and len(host.inbox) > 1 and min(host.inbox[:2]) >= 0:

@@ -45,6 +45,10 @@ class Qemu(NamedTuple):
     ran: bool = False
     passes: int = 0
     """Passes whose beginning it has told."""
+    follow: bool = False
+    """Post-copy: its pages are to go over after the switchover."""
+    awaits: bool = False
+    """Post-copy: it waits on a new address for the pages that it lacks."""
 
 
 @quick
@@ -93,6 +97,8 @@ class World(NamedTuple):
     link: bool = True
     shared: bool = False
     """Both hosts see the same disks."""
+    post_copy: bool = False
+    """The guest dirties memory faster than it travels, and its pages may follow it."""
     move: int = 0
     crashed: bool = False
     """A QEMU or a host has died: the VM may be stopped."""

@@ -11,15 +11,25 @@ from pathlib import Path
 
 import msgspec
 
+from kvmhv.drivers.qemu.qmp import QmpRefused
 from kvmhv.errors import HostError, KvmhvError
 from kvmhv.lab.guest_images import write_boot_guest
 from kvmhv.model import MIB, IncomingAddress, Vm
-from tests.qemu_contract import COMPLETED, FAILED, PASS, PRE_SWITCHOVER, SOURCE, TARGET
+from tests.qemu_contract import COMPLETED, FAILED, FOLLOW, HALTED, PASS, PRE_SWITCHOVER, SOURCE, TARGET
 from tests.real.qemu_pair import DISK_BYTES, WAIT_S, Pair, Side, pair, qemu_img
 
 SLOW_BYTES_PER_S = 16 * MIB
 SILENCE_S = 1.0
-MIGRATION = {"pre-switchover": PRE_SWITCHOVER, "completed": COMPLETED, "failed": FAILED, "cancelled": FAILED}
+PAGES_BYTES_PER_S = MIB // 4
+"""So slow that not all have gone over when a scenario does something else, however busy this machine is."""
+MIGRATION = {
+    "postcopy-active": FOLLOW,
+    "postcopy-paused": HALTED,
+    "pre-switchover": PRE_SWITCHOVER,
+    "completed": COMPLETED,
+    "failed": FAILED,
+    "cancelled": FAILED,
+}
 
 
 class RealPair:
@@ -64,8 +74,28 @@ class RealPair:
         limits = {"max-bandwidth": 1 << 40, "downtime-limit": 20_000}
         await self._pair.source.query(self._vm, "migrate-set-parameters", **limits)
 
-    async def stop(self) -> None:
-        await self._pair.source.qemu.stop_guest(self._vm.id)
+    async def stop(self, *, post_copy: bool = False) -> None:
+        if post_copy:
+            await self._send_pages(PAGES_BYTES_PER_S)
+        await self._pair.source.qemu.stop_guest(self._vm.id, post_copy=post_copy)
+
+    async def _send_pages(self, bytes_per_s: int) -> None:
+        await self._pair.source.query(self._vm, "migrate-set-parameters", **{"max-postcopy-bandwidth": bytes_per_s})
+
+    async def break_pages(self) -> None:
+        self._pair.source.events.clear()
+        self._pair.source.qemu._instances[self._vm.id].cut()
+
+    async def reconnect(self) -> bool:
+        try:
+            address = await self._pair.target.qemu.await_pages(self._vm.id, self._plan)
+            await self._pair.source.qemu.resume_pages(self._vm.id, self._plan, address)
+        except KvmhvError:
+            return False
+        return True
+
+    async def end_lost(self) -> bool:
+        return await self._pair.target.qemu.end_lost(self._vm.id)
 
     async def finish_mirrors(self) -> bool:
         try:
@@ -91,8 +121,12 @@ class RealPair:
     async def undo(self) -> str:
         return await self._pair.source.qemu.undo_source(self._vm.id, 20.0)
 
-    async def cont(self, side: str) -> None:
-        await self._side(side).qemu.cont(self._vm.id)
+    async def cont(self, side: str) -> bool:
+        try:
+            await self._side(side).qemu.cont(self._vm.id)
+        except QmpRefused:
+            return False
+        return True
 
     async def kill(self, side: str) -> None:
         os.kill(await self._pid(side), signal.SIGKILL)
@@ -120,6 +154,8 @@ class RealPair:
 
     async def heard(self, side: str, event: str) -> None:
         where = self._side(side)
+        if event == COMPLETED and FOLLOW in self.events(SOURCE):
+            await self._send_pages(0)  # as fast as they can
         async with asyncio.timeout(WAIT_S):
             while event not in self.events(side):
                 where.changed.clear()
@@ -144,9 +180,13 @@ class RealPair:
 
 
 @asynccontextmanager
-async def real_pair(binary: Path, template: Path, *, room_bytes: int = 0) -> AsyncIterator[RealPair]:
+async def real_pair(
+    binary: Path, template: Path, *, room_bytes: int = 0, post_copy: bool = False
+) -> AsyncIterator[RealPair]:
     """A pair whose guest dirties its memory faster than it travels; `room_bytes`: so small is the target's disk."""
     async with pair(binary, binary, "raw") as made:
+        if post_copy:
+            made.plan = msgspec.structs.replace(made.plan, capabilities=("postcopy-ram",))
         target_disks = made.target.disks
         if room_bytes:
             _run("mount", "-t", "tmpfs", "-o", f"size={room_bytes}", "contract", target_disks)

@@ -9,6 +9,7 @@ from kvmhv.core.facts import Fact
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.target_state import TargetState, TargetStep
 from kvmhv.model import ErrorBody, IncomingAddress
+from tests.sim import pages
 from tests.sim.machine import Broken, Image, Qemu
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ QUEUED = (
     ef.UndoSource,
     ef.Unexport,
     ef.Cont,
+    ef.AwaitPages,
+    ef.ResumePages,
+    ef.EndLost,
 )
 """By QMP: one after the other."""
 
@@ -150,7 +154,8 @@ def _stop_guest(runner: "Runner", effect: ef.Effect) -> Fact:
     machine = runner.agent.machine
     if machine.qemu is None:
         return _failed(runner, effect)
-    machine.stop()
+    assert isinstance(effect, ef.StopGuest)
+    machine.stop(post_copy=effect.post_copy)
     return facts.GuestStopped(at_ms=machine.clock_ms, told_ms=machine.clock_ms - 3)
 
 
@@ -176,10 +181,19 @@ def _undo_source(runner: "Runner", effect: ef.Effect) -> Fact:
     return facts.Undone(at_ms=machine.clock_ms)
 
 
+def _serve_pages(runner: "Runner", effect: ef.Effect) -> Fact | None:
+    machine = runner.agent.machine
+    whole = machine.qemu is not None and machine.qemu.migration == "completed"
+    return facts.MemorySent(at_ms=machine.clock_ms) if whole else None
+
+
 def _end_copy(runner: "Runner", effect: ef.Effect) -> Fact:
     machine, truth = runner.agent.machine, runner.agent.world.truth
     if machine.qemu is not None and truth.owner == machine.name and not truth.stopped_by_fault:
         raise Broken("the source ends its copy before the target ran")
+    here, there = machine.qemu, machine.other.qemu
+    if here is not None and here.alive and there is not None and there.migration in pages.MISSING:
+        raise Broken("the source ends the QEMU that has the target's pages")
     machine.kill_qemu()
     machine.taps = False
     return facts.CopyEnded(at_ms=machine.clock_ms)
@@ -244,11 +258,37 @@ def _undo_target(runner: "Runner", effect: ef.Effect, *, images: bool = True) ->
     return facts.Undone(at_ms=machine.clock_ms)
 
 
+def _await_pages(runner: "Runner", effect: ef.Effect) -> Fact:
+    machine = runner.agent.machine
+    if machine.qemu is None or not pages.wait_anew(machine.qemu):
+        return _failed(runner, effect)
+    return facts.IncomingReady(at_ms=machine.clock_ms, address=IncomingAddress(memory_port=49154, disk_port=None))
+
+
+def _resume_pages(runner: "Runner", effect: ef.Effect) -> Fact:
+    machine = runner.agent.machine
+    if machine.qemu is None or not pages.resume(machine, machine.qemu):
+        return _failed(runner, effect)
+    return facts.PagesResumed(at_ms=machine.clock_ms)
+
+
+def _end_lost(runner: "Runner", effect: ef.Effect) -> Fact | None:
+    machine = runner.agent.machine
+    if machine.qemu is not None and machine.qemu.migration == "completed":
+        return facts.MemorySent(at_ms=machine.clock_ms)
+    if machine.other.qemu is not None:
+        raise Broken("pages are given up that are still to be had")
+    machine.kill_qemu()
+    return None
+
+
 # --- both
 
 
 def _cont(runner: "Runner", effect: ef.Effect) -> Fact:
     machine = runner.agent.machine
+    if machine.qemu is not None and isinstance(runner.state, SourceState) and machine.qemu.migration in pages.MISSING:
+        return _failed(runner, effect)
     if machine.qemu is None or not machine.can_lock():
         return _failed(runner, effect)
     machine.run()
@@ -261,6 +301,10 @@ ACTS: dict[type[ef.Effect], Callable[["Runner", ef.Effect], Fact | None]] = {
     ef.SendMemory: _send_memory,
     ef.ThrottleGuest: lambda runner, effect: None,
     ef.StopGuest: _stop_guest,
+    ef.ServePages: _serve_pages,
+    ef.ResumePages: _resume_pages,
+    ef.AwaitPages: _await_pages,
+    ef.EndLost: _end_lost,
     ef.FinishMirrors: _finish_mirrors,
     ef.ContinueSwitchover: _continue,
     ef.UndoSource: _undo_source,
@@ -293,6 +337,12 @@ def hear(runner: "Runner", name: str, data: dict[str, int]) -> Fact | None:
             return facts.MemorySent(at_ms=at_ms)
         case "FAILED":
             return facts.MemoryFailed(at_ms=at_ms, error=ERROR)
+        case "FOLLOW" if isinstance(runner.state, SourceState):
+            return facts.PagesFollow(at_ms=at_ms)
+        case "FOLLOW":
+            return facts.StateLoaded(at_ms=at_ms)
+        case "HALTED":
+            return facts.PagesStopped(at_ms=at_ms)
         case "STOP":
             return None
     return facts.QemuGone(at_ms=at_ms, error=ERROR)

@@ -181,6 +181,8 @@ class Runner:
             case ef.NeedOperator(error=error):
                 self._within_bound()
                 self._told = agent.world.truth.excused = True
+                if self.state.step == "serving":
+                    agent.world.pages_told.add(self.state.move_id)
                 agent.tell(f"needs the operator: {error.code}")
             case ef.Finish(report=report):
                 self._finish(report)
@@ -205,8 +207,9 @@ class Runner:
     def _within_bound(self) -> None:
         """Whatever breaks, as long as its agent lives a side ends or tells the operator in time."""
         took_s = (self.agent.world.kernel.now_ms - self._began_ms) / 1000
-        bound_s = bounds.move_s(self.agent.world.timeouts, 0.0)
-        if not self._told and took_s > bound_s:
+        bound_s = bounds.move_s(self.agent.world.timeouts, 0.0, post_copy=self.agent.world.post_copy)
+        told = self._told or self.state.move_id in self.agent.world.pages_told
+        if not told and took_s > bound_s:
             raise Broken(f"{self.role} took {took_s:.1f} s until it ended or told, {bound_s:.1f} s are promised")
 
     # --- the link

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tests.sim import pages
 from tests.sim.kernel import Kernel
 
 MIB = 1024**2
@@ -62,6 +63,10 @@ class Qemu:
     mirrors_ready: bool = False
     exported: bool = False
     hangs: bool = False
+    follow: bool = False
+    """Post-copy: its pages are to go over after the switchover."""
+    awaits: bool = False
+    """Post-copy: it waits on a new address for the pages that it lacks."""
     pass_number: int = 0
     sent_bytes: int = 0
     remaining_bytes: int = 0
@@ -151,9 +156,11 @@ class Machine:
         elif qemu.mirrors_ready and there.qemu is not None and there.qemu.exported and there.image is not None:
             there.image.writes = self.truth.acknowledged
 
-    def stop(self) -> None:
+    def stop(self, *, post_copy: bool = False) -> None:
         """The lever."""
         qemu = self.qemu
+        if qemu is not None:
+            qemu.follow = post_copy and qemu.migration == "active"
         if qemu is not None and qemu.status == "running":
             self.write()
             qemu.status = "paused"
@@ -260,6 +267,9 @@ class Machine:
         assert qemu is not None
         if qemu.migration != "pre-switchover":
             return False
+        if qemu.follow:
+            pages.hand_on(self, qemu)
+            return True
         qemu.migration = "device"
         self.unlock()
         self.kernel.after(self.kernel.some_ms(5, 60), lambda: self._load(qemu))
@@ -328,9 +338,13 @@ class Machine:
             there.say("FAILED")
 
     def undo(self) -> None:
-        """Cancel memory and mirrors, by force if need be."""
+        """Cancel memory and mirrors, by force if need be; a QEMU in post-copy can only be ended."""
         qemu = self.qemu
         assert qemu is not None
+        if qemu.migration in pages.MISSING:
+            self.truth.stopped_by_fault = True
+            self.kill_qemu()
+            return
         qemu.mirrors = qemu.mirrors_ready = False
         self.fail(qemu, "cancelled")
 
@@ -356,6 +370,8 @@ class Machine:
         qemu.say("GONE")
         qemu.alive = False
         here = self.other.qemu
+        if here is not None and here.migration == pages.ACTIVE:
+            self.kernel.after(self.kernel.some_ms(1, 50), lambda: pages.halt(here))
         if here is not None and here.migration in ("active", "device"):  # before the switchover it does not look
             delay_ms = self.kernel.some_ms(1, 50)
             self.kernel.after(delay_ms, lambda: self.other.fail(here) if here.alive and self.network_up() else None)

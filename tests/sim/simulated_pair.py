@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from tests.qemu_contract import SOURCE, TARGET
+from tests.sim import pages
 from tests.sim.kernel import Kernel
 from tests.sim.machine import MIB, Image, Machine, Qemu, Truth
 
@@ -46,8 +47,20 @@ class SimulatedPair:
     async def converge(self) -> None:
         self._qemu(SOURCE).dirty_bytes_per_s = 0.0
 
-    async def stop(self) -> None:
-        self._sides[SOURCE].stop()
+    async def stop(self, *, post_copy: bool = False) -> None:
+        self._sides[SOURCE].stop(post_copy=post_copy)
+
+    async def break_pages(self) -> None:
+        pages.halt(self._qemu(SOURCE))
+
+    async def reconnect(self) -> bool:
+        return pages.wait_anew(self._qemu(TARGET)) and pages.resume(self._sides[SOURCE], self._qemu(SOURCE))
+
+    async def end_lost(self) -> bool:
+        if self._qemu(TARGET).migration == "completed":
+            return True
+        self._sides[TARGET].kill_qemu()
+        return False
 
     async def finish_mirrors(self) -> bool:
         return self._sides[SOURCE].finish_mirrors()
@@ -57,10 +70,14 @@ class SimulatedPair:
 
     async def undo(self) -> str:
         self._sides[SOURCE].undo()
-        return self._qemu(SOURCE).migration
+        qemu = self._sides[SOURCE].qemu
+        return qemu.migration if qemu is not None else "gone"
 
-    async def cont(self, side: str) -> None:
+    async def cont(self, side: str) -> bool:
+        if side == SOURCE and self._qemu(SOURCE).migration in pages.MISSING:
+            return False
         self._sides[side].run()
+        return True
 
     async def kill(self, side: str) -> None:
         self._sides[side].kill_qemu()

@@ -112,7 +112,9 @@ function changeMove(card, move) {
   expectation.classList.toggle("limit", limit);
   const low = seen ? `between ${seconds(seen.seconds_low)} and ${seconds(seen.seconds_high)} left` : "";
   const todo = move.error?.todo ? ` What to do: ${move.error.todo}` : "";
-  put(card, ".expectation", move.reason ? `${move.reason}.${todo}` : (seen && !alone
+  const lacks = move.phase === "pages" && move.pages
+    ? `it runs on ${move.target}, pages that it lacks follow from ${move.source}: ${size(move.pages.sent_bytes)} so far` : "";
+  put(card, ".expectation", lacks && !move.reason ? lacks : move.reason ? `${move.reason}.${todo}` : (seen && !alone
     ? `${low}; ${limit ? "the guest dirties too fast: the pass limit" : "the threshold"} will end the passes after pass ${seen.passes}`
     : low));
   const svg = card.querySelector("svg");

@@ -50,6 +50,8 @@ class Ram(Answer, frozen=True, kw_only=True):
     page_size: Count = 4096
     mbps: Rate = 0.0
     dirty_sync_count: Count = 0
+    postcopy_bytes: Count = 0
+    postcopy_requests: Count = 0
 
 
 class SocketAddress(Answer, frozen=True, kw_only=True):

@@ -7,14 +7,14 @@ from pathlib import Path
 import msgspec
 
 from kvmhv.config import Config
-from kvmhv.drivers.qemu import argv, blocks, direct, exports, keys, memory, probe, process, rundir, vm_facts
+from kvmhv.drivers.qemu import argv, blocks, direct, exports, keys, memory, post_copy, probe, process, rundir, vm_facts
 from kvmhv.drivers.qemu.argv import KernelPaths, Launch
 from kvmhv.drivers.qemu.graph import layer_node
-from kvmhv.drivers.qemu.instance import Instance, marks
+from kvmhv.drivers.qemu.instance import POST_COPY, Instance, marks
 from kvmhv.drivers.qemu.nodes import check_inactive
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
-from kvmhv.drivers.qemu.send_queues import SendQueues
+from kvmhv.drivers.qemu.send_queues import UNSENT_MAX_BYTES, SendQueues
 from kvmhv.drivers.qemu.storage_moves import StorageMoves
 from kvmhv.errors import HostError
 from kvmhv.model import MIB, IncomingAddress, Plan, QemuInfo, Vm, VmFacts
@@ -26,7 +26,7 @@ IDLE_MEMORY_BYTES = 32 * MIB
 """Of a QEMU that only copies disks."""
 
 
-class Qemu(StorageMoves):
+class Qemu(StorageMoves, post_copy.PostCopy):
     """QEMU processes of this host. One agent uses a run_dir at a time; QEMU outlives it and is found again."""
 
     def __init__(self, config: Config, clock: Clock, on_answer: Callable[[float], None] = lambda seconds: None) -> None:
@@ -201,6 +201,9 @@ class Qemu(StorageMoves):
         touched = await asyncio.to_thread(process.guest_memory_bytes, instance.process.pid, vm.memory_bytes)
         await memory.begin(instance.qmp, plan, address.memory_port, instance.cut, touched, self._config.waits)
         instance.may_send_bytes_per_s = plan.rule.bandwidth_bytes_per_s or memory.UNLIMITED_BYTES_PER_S
+        if plan.rule.post_copy:  # it may be stopped while much remains: what is in the queue goes before its state
+            instance.process.limit_unsent(plan.target_address, (address.memory_port,), UNSENT_MAX_BYTES)
+            return
         instance.queues = SendQueues(
             instance.process,
             plan.target_address,
@@ -226,12 +229,12 @@ class Qemu(StorageMoves):
         """Let QEMU slow the guest's CPUs down, so far at most, more with each pass, until the migration ends."""
         await memory.throttle((await self._instance(vm_id)).qmp, max_percent)
 
-    async def stop_guest(self, vm_id: str) -> None:
-        """Lift the bandwidth cap, then `stop`."""
+    async def stop_guest(self, vm_id: str, *, post_copy: bool = False) -> None:
+        """Lift the bandwidth cap, then `stop`; `post_copy`: and let the pages follow."""
         instance = await self._instance(vm_id)
         instance.guest_stops()
         async with instance.bounded("stop the guest", self._config.limits.switchover_command_s):
-            await memory.stop(instance.qmp)
+            await memory.stop(instance.qmp, post_copy=post_copy)
 
     async def continue_switchover(self, vm_id: str) -> None:
         """`migrate-continue` out of pre-switchover."""
@@ -249,13 +252,14 @@ class Qemu(StorageMoves):
         if instance is None:
             return GONE
         try:
-            return await self._undo(instance, timeout_s)
+            if not (status := await self._undo(instance, timeout_s)).startswith(POST_COPY):
+                return status
+            await self.kill(vm_id)
+            return GONE
         except QmpLost:
             if instance.process.gone:
                 return GONE
             raise
-
-    # ---
 
     async def _undo(self, instance: Instance, timeout_s: float) -> str:
         qmp = instance.qmp

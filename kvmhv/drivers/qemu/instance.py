@@ -22,6 +22,8 @@ from kvmhv.ports import QemuEvent, RunState
 
 CONSOLE_LOG_CHECK_S = 5.0
 LAST_EVENTS_S = 1.0
+POST_COPY = "postcopy-"
+"""How the states of query-migrate begin in which pages follow the guest."""
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,10 @@ class Instance:
         """While the guest runs and its memory is sent: how fast that may go by the plan."""
         self.queues: SendQueues | None = None
         """And what the kernel holds of it."""
+        self.migration = ""
+        """The newest status of the migration that this agent has heard of."""
+        self._lacks_pages = False
+        """Its guest runs here in post-copy: what the move needed is needed until the last page is there."""
         self.name = _argument(argv, "-name").removeprefix("guest=").split(",")[0] or directory.vm_id
         self.accel = Accel.KVM if f"accel={Accel.KVM}" in _argument(argv, "-machine") else Accel.TCG
         self._now_ms = now_ms
@@ -108,6 +114,7 @@ class Instance:
             if self.process.gone:
                 return RunState(process=False)
             return msgspec.structs.replace(state, answers=False, qemu_version=self._version_text())
+        self._lacks_pages = self._lacks_pages or (status.running and migration.status.startswith(POST_COPY))
         return msgspec.structs.replace(
             state,
             status=status.status,
@@ -131,7 +138,8 @@ class Instance:
             said = await self.qmp.together(("query-status", {}), ("cont", {}))
             before = self.qmp.read(answers.Status, said[0], "query-status")
             at_ms = self._now_ms() if before.running else (await self.qmp.wait(resume, "cont"))[1]
-        if incoming:
+        self._lacks_pages = incoming and self.migration.startswith(POST_COPY)
+        if incoming and not self._lacks_pages:
             self._settling = asyncio.create_task(self._settle(), name=f"settle {self.name}")
         return at_ms
 
@@ -213,6 +221,11 @@ class Instance:
         data = event.get("data", {})
         if event["event"] == "SHUTDOWN":
             self._shutdown = data
+        if event["event"] == "MIGRATION":
+            self.migration = str(data.get("status", ""))
+            if self._lacks_pages and self.migration == "completed":
+                self._lacks_pages = False
+                self._settling = asyncio.create_task(self._settle(), name=f"settle {self.name}")
         self._emit(QemuEvent(vm_id=self.directory.vm_id, name=event["event"], data=data, at_ms=at_ms))
 
     async def _watch_process(self) -> None:

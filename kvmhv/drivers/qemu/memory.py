@@ -13,7 +13,7 @@ import msgspec
 from kvmhv.config import Waits
 from kvmhv.drivers.qemu.answers import Capability, Migration, YankInstance
 from kvmhv.drivers.qemu.keys import TLS_OBJECT
-from kvmhv.drivers.qemu.qmp import Qmp, QmpLost, QmpRefused
+from kvmhv.drivers.qemu.qmp import Command, Qmp, QmpLost, QmpRefused
 from kvmhv.errors import HostError
 from kvmhv.model import Channels, Plan
 from kvmhv.ports import MemoryStats
@@ -125,6 +125,7 @@ async def begin(qmp: Qmp, plan: Plan, port: int, cut: Callable[[], None], touche
             "tls-hostname": "",
             **channel_parameters(plan.channels),
             **throttle_parameters(plan),
+            **({"max-postcopy-bandwidth": plan.rule.bandwidth_bytes_per_s} if plan.rule.post_copy else {}),
         },
     )
     await qmp.execute("migrate", {"uri": f"tcp:{address(plan.target_address, port)}{_ways(plan)}"})
@@ -176,11 +177,16 @@ async def throttle(qmp: Qmp, max_percent: int) -> None:
     )
 
 
-async def stop(qmp: Qmp) -> None:
-    """Source: lift the bandwidth cap and stop the guest; both commands are on their way at once."""
+async def stop(qmp: Qmp, *, post_copy: bool = False) -> None:
+    """Source: lift the bandwidth cap and stop the guest; all commands are on their way at once.
+
+    `post_copy`: QEMU goes to pre-switchover at once, and what remains of the memory follows the switchover.
+    """
+    follow: tuple[Command, ...] = (("migrate-start-postcopy", {}),) if post_copy else ()
     await qmp.together(
         ("migrate-set-parameters", {"max-bandwidth": UNLIMITED_BYTES_PER_S}),
         ("stop", {}),
+        *follow,
     )
 
 
@@ -200,6 +206,8 @@ async def stats(qmp: Qmp, timeout_s: float) -> MemoryStats:
         throughput_bytes_per_s=ram.mbps * 1e6 / 8,
         dirty_sync_count=ram.dirty_sync_count,
         throttle_percent=answer.cpu_throttle_percentage,
+        pages_bytes=ram.postcopy_bytes,
+        pages_requests=ram.postcopy_requests,
         error=answer.error_desc,
     )
 
@@ -212,7 +220,7 @@ async def cancel(qmp: Qmp, timeout_s: float, cut: Callable[[], None], waits: Wai
     now_s = asyncio.get_running_loop().time
     deadline_s = now_s() + timeout_s
     status = (await stats(qmp, waits.memory_cancel_s)).status
-    while status not in IDLE:
+    while status not in IDLE and not status.startswith("postcopy-"):  # that one QEMU does not cancel
         if now_s() > deadline_s:
             raise QmpLost("qemu-hangs", f"the migration does not end: it is {status}", "end the VM's QEMU by hand")
         try:

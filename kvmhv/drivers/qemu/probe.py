@@ -6,6 +6,7 @@ proof is a guest of three instructions that must end QEMU with its own exit stat
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -26,6 +27,9 @@ DEFAULT_BINARY = "qemu-system-x86_64"
 KVM_DEVICE = Path("/dev/kvm")
 COMPRESSIONS = ("zstd", "zlib")
 """QEMU's ways to compress memory, the best first."""
+POST_COPY = "postcopy-ram"
+USERFAULTFD = 323
+"""The number of the system call."""
 DIES_S = 3.0
 PROOF_ROM_BYTES = 64 * 1024
 PROOF_PORT = 0xF4
@@ -144,7 +148,17 @@ async def _questions(qmp: Qmp, binary: Path, accel: Accel) -> QemuInfo:
         capabilities=tuple(sorted(entry.capability for entry in able)),
         parameters=tuple(sorted(qmp.read(dict[str, object], parameters, "query-migrate-parameters"))),
         compressions=tuple(compressions),
+        post_copy=any(entry.capability == POST_COPY for entry in able) and _faults_for_users(),
     )
+
+
+def _faults_for_users() -> bool:
+    """Whether the kernel lets a process fetch its missing pages itself: post-copy at the target needs it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    file = libc.syscall(USERFAULTFD, os.O_CLOEXEC)
+    if file >= 0:
+        os.close(file)
+    return bool(file >= 0)
 
 
 async def _takes(qmp: Qmp, method: str) -> bool:
