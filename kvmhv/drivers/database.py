@@ -29,6 +29,8 @@ CREATE TABLE moves (move TEXT NOT NULL, role TEXT NOT NULL, number INTEGER PRIMA
 """
 
 
+BROKEN = (sqlite3.Error, UnicodeDecodeError)
+"""What SQLite raises; its error about a damaged schema quotes that, and need not be text then."""
 SEAL = b"kvmhv1"
 """Begins what a journal keeps: then its digest, then the state itself."""
 DIGEST_BYTES = 16
@@ -61,7 +63,7 @@ class Database:
             if version == 0:
                 self._sqlite.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
             path.chmod(0o600)
-        except (sqlite3.Error, OSError) as error:
+        except (*BROKEN, OSError) as error:
             self._close_quietly()
             raise HostError("database", f"{path}: {error}", "check the disk and the file's owner") from error
         if version > SCHEMA_VERSION:
@@ -159,7 +161,7 @@ class Database:
                 self._sqlite.execute(
                     "DELETE FROM moves WHERE number <= (SELECT max(number) FROM moves) - ?", (self._moves_kept,)
                 )
-        except sqlite3.Error as error:
+        except BROKEN as error:
             raise _failed(error) from error
         with contextlib.suppress(OSError):  # without its row nobody reads it any more
             self._volatile_file(move_id, role).unlink(missing_ok=True)
@@ -173,7 +175,7 @@ class Database:
     def _execute(self, statement: str, *values: str | bytes | int) -> list[Any]:
         try:
             return self._sqlite.execute(statement, values).fetchall()
-        except sqlite3.Error as error:
+        except BROKEN as error:
             raise _failed(error) from error
 
     def _read(self, kinds: tuple[type, ...], statement: str, *values: str) -> list[Any]:
@@ -236,5 +238,5 @@ def _unusable(error: OSError) -> HostError:
     return HostError("database", f"the agent's journal: {error}", "check state_dir and run_dir: space, owner, mount")
 
 
-def _failed(error: sqlite3.Error) -> HostError:
+def _failed(error: Exception) -> HostError:
     return HostError("database", f"the agent's database: {error}", "check the disk of the agent's state directory")

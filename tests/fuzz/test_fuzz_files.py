@@ -114,6 +114,15 @@ def test_something_else_in_its_place(tmp_path: Path, what: str, other: str) -> N
         assert error.code in DOCUMENTED
 
 
+def test_a_schema_that_is_no_text(tmp_path: Path) -> None:
+    file = _kept(tmp_path) / "kvmhv.db"
+    damaged = file.read_bytes().replace(b"tablerecords", b"table\xd4ecords").replace(b"CREATE TABLE", b"CREATE TABLF")
+    file.write_bytes(damaged)
+    with pytest.raises(HostError) as caught:
+        _opened(tmp_path)
+    assert caught.value.code == "database"
+
+
 def test_rows_of_an_older_and_a_newer_run(tmp_path: Path) -> None:
     _kept(tmp_path)
     with sqlite3.connect(tmp_path / "kvmhv.db") as sqlite:
