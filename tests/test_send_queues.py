@@ -27,7 +27,9 @@ class Sender:
         self._connection, self._queues = connection, queues
         self._answers = connection.makefile()
 
-    def unsent_max_bytes(self, *, dirty_sync: int = 1, sent_mib: int, remaining_mib: int, mib_per_s: float) -> int:
+    def unsent_max_bytes(
+        self, *, dirty_sync: int = 1, sent_mib: int, remaining_mib: int, mib_per_s: float, alone: bool = True
+    ) -> int:
         """Show it the migration's progress; returns what its connection takes, 0 for what the kernel likes."""
         self._queues.fit(
             MemoryStats(
@@ -36,7 +38,8 @@ class Sender:
                 remaining_bytes=remaining_mib * MIB,
                 throughput_bytes_per_s=mib_per_s * MIB,
                 dirty_sync_count=dirty_sync,
-            )
+            ),
+            alone=alone,
         )
         self._connection.sendall(b"?")
         return int(self._answers.readline())
@@ -77,3 +80,8 @@ async def test_memory_that_the_guest_never_touched_is_not_waited_for(sender: Sen
 async def test_what_shrinks_on_its_way_is_counted_as_it_is_on_the_wire(sender: Sender) -> None:
     assert sender.unsent_max_bytes(sent_mib=0, remaining_mib=300, mib_per_s=100) == 0
     assert sender.unsent_max_bytes(sent_mib=60, remaining_mib=160, mib_per_s=100) == UNSENT_MAX_BYTES
+
+
+async def test_they_are_short_while_others_leave_too_and_the_kernels_again_when_those_are_gone(sender: Sender) -> None:
+    assert sender.unsent_max_bytes(sent_mib=0, remaining_mib=1024, mib_per_s=100, alone=False) == UNSENT_MAX_BYTES
+    assert sender.unsent_max_bytes(sent_mib=100, remaining_mib=900, mib_per_s=100) == 0

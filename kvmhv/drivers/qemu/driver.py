@@ -217,7 +217,8 @@ class Qemu(StorageMoves, post_copy.PostCopy):
         instance = await self._instance(vm_id)
         stats = await memory.stats(instance.qmp, self._config.waits.memory_stats_s)
         if instance.queues is not None:
-            instance.queues.fit(stats)
+            sent = [one for one in self._instances.values() if one.queues is not None]
+            instance.queues.fit(stats, alone=len(sent) == 1)
         sampled = await instance.dirty_sample.read(instance.qmp)
         return msgspec.structs.replace(stats, sampled_dirty_bytes_per_s=sampled)
 

@@ -1,7 +1,8 @@
 """The kernel's queues of a migration's connections: as long as the kernel likes, and short when the end comes near.
 
 What QEMU has handed to the kernel counts as sent. A long queue lets a network run full while QEMU waits for a core; but
-some MiB in it are in nobody's count of what remains, and a blackout has to wait for them.
+some MiB in it are in nobody's count of what remains, and a blackout has to wait for them. So have the blackouts of all
+other moves over that network: where several leave at a time, they keep it full together, and all queues are short.
 """
 
 from kvmhv.drivers.qemu.process import Process
@@ -23,9 +24,12 @@ class SendQueues:
         self._touched_bytes, self._ratio = touched_bytes, ratio
         self._short = False
 
-    def fit(self, stats: MemoryStats) -> None:
-        """Make them short, or leave them to the kernel again; no error for connections that are not there."""
-        short = self._near_the_end(stats)
+    def fit(self, stats: MemoryStats, *, alone: bool) -> None:
+        """Make them short, or leave them to the kernel again; no error for connections that are not there.
+
+        `alone`: no other guest is sent from this host.
+        """
+        short = not alone or self._near_the_end(stats)
         if short != self._short:
             self._process.limit_unsent(self._ip, self._ports, UNSENT_MAX_BYTES if short else None)
             self._short = short
