@@ -47,6 +47,7 @@ KINDS = {
         *("core/progress.py:CLEANUP_S", "core/progress.py:RATE_AFTER_S", "core/progress.py:NEAR_S"),
         "core/progress.py:IMMINENT_S",
         *("agent/bases.py:SETTLED_S", "drivers/qemu/send_queues.py:SHORT_FOR_S"),
+        "drivers/qemu/starts.py:TURN_S",
         *("drivers/qemu/memory.py:QEMU_WINDOW_S", "agent/vm_states.py:PAUSE_MIN_S", "model.py:WAIT_MAX_S"),
         *("agent/move_queue.py:PROMISE_S", "agent/sharing.py:SHOWN_S"),
     },

@@ -15,6 +15,7 @@ from kvmhv.drivers.qemu.nodes import check_inactive
 from kvmhv.drivers.qemu.qmp import QmpLost
 from kvmhv.drivers.qemu.rundir import VmDir
 from kvmhv.drivers.qemu.send_queues import UNSENT_MAX_BYTES, SendQueues
+from kvmhv.drivers.qemu.starts import Starts
 from kvmhv.drivers.qemu.storage_moves import StorageMoves
 from kvmhv.errors import HostError
 from kvmhv.model import MIB, IncomingAddress, Plan, QemuInfo, Vm, VmFacts
@@ -45,6 +46,7 @@ class Qemu(StorageMoves, post_copy.PostCopy):
         self._probed: tuple[tuple[str, int], QemuInfo] | None = None
         self._accel_reason = "QEMU was not probed yet"
         self._probing = asyncio.Lock()
+        self._starts = Starts()
 
     async def close(self) -> None:
         """Let go of every process and connection; all VMs run on."""
@@ -351,13 +353,14 @@ class Qemu(StorageMoves, post_copy.PostCopy):
         await self._adopt()
         vm = launch.vm
         command = argv.build(launch)
-        if vm.id in self._instances:
-            raise HostError("qemu-runs", f"{vm.name} has a QEMU on this host already", "stop it first")
-        launch.directory.make(incoming=launch.incoming)
-        self._given_up.discard(vm.id)
-        instance = self._take(launch.directory, process.start(command, launch.directory.qemu_log), command)
-        if await instance.qmp.wait_connected(self._config.limits.qemu_start_s):
-            return instance
+        async with self._starts.turn():
+            if vm.id in self._instances:
+                raise HostError("qemu-runs", f"{vm.name} has a QEMU on this host already", "stop it first")
+            launch.directory.make(incoming=launch.incoming)
+            self._given_up.discard(vm.id)
+            instance = self._take(launch.directory, process.start(command, launch.directory.qemu_log), command)
+            if await instance.qmp.wait_connected(self._config.limits.qemu_start_s):
+                return instance
         status, tail = instance.process.exit_status, launch.directory.log_tail()
         await asyncio.shield(self._give_up(vm.id))
         why = "does not answer; do its disks' servers?" if status is None else f"ended with status {status}: {tail}"
