@@ -596,8 +596,11 @@ class Peer(Protocol):
         """
         ...
 
-    async def send_file(self, host: str, move_id: str, name: str, file: Path, timeout_s: float) -> None:
-        """Upload a file that belongs to the VM (kernel, initrd) to the target, for a move that it has offered."""
+    async def send_files(self, host: str, move_id: str, files: Mapping[str, Path], timeout_s: float) -> None:
+        """Upload files that belong to the VM (kernel, initrd), by name, to the target, for a move that it has let in.
+
+        What the target has already is not sent.
+        """
         ...
 
 

@@ -77,10 +77,14 @@ async def test_kernel_and_initrd(host: Host) -> None:
     assert host.files() == ["images/linux/initrd", "images/linux/kernel"]
     assert await host.images.list() == (image,)
 
-    kernel = await host.images.copy_kernel("linux", host.directory / "vm", "root=/dev/vda")
+    kernel = await host.images.place_kernel("linux", host.directory / "vm", "root=/dev/vda")
     assert kernel is not None
     assert (kernel.append, kernel.kernel_sha256, kernel.initrd_bytes) == ("root=/dev/vda", image.kernel_sha256, 6)
     assert (host.directory / "vm/initrd").read_bytes() == b"initrd"
+    assert host.images.kernels("initrd", hashlib.sha256(b"initrd").hexdigest()) == (
+        host.directory / "images/linux/initrd",
+    )
+    assert host.images.kernels("kernel", hashlib.sha256(b"initrd").hexdigest()) == ()
 
     await host.images.remove("linux")
     assert (host.files(), await host.images.list()) == ([], ())
@@ -193,7 +197,7 @@ async def test_names(host: Host, name: str) -> None:
 
 
 async def test_what_is_not_there(host: Host) -> None:
-    for call in (host.images.remove("x"), host.images.copy_kernel("x", host.directory, None)):
+    for call in (host.images.remove("x"), host.images.place_kernel("x", host.directory, None)):
         with pytest.raises(CallerError) as refused:
             await call
         assert (refused.value.code, refused.value.http_status) == ("image-unknown", 404)
@@ -202,4 +206,4 @@ async def test_what_is_not_there(host: Host) -> None:
         host.images.disk("linux")
     assert refused.value.code == "image-part-missing"
     await host.images.store("debian", "disk", chunks(bytes(512)))
-    assert await host.images.copy_kernel("debian", host.directory / "vm", None) is None
+    assert await host.images.place_kernel("debian", host.directory / "vm", None) is None

@@ -199,3 +199,6 @@ def test_the_log_is_bounded(tmp_path: Path) -> None:
     assert (tmp_path / "qmp.log").read_text() == '1.500 < {"return":{}}\n'
     assert (tmp_path / "qmp.log.1").stat().st_size < LOG_MAX_BYTES + 5000
     QmpLog(tmp_path / "gone" / "qmp.log", lambda: 0.0).write(">", {})
+    log.close()
+    log.write("<", {"lost": "no answer"})
+    assert (tmp_path / "qmp.log").read_text().splitlines()[-1] == '1.500 < {"lost":"no answer"}'

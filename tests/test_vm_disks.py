@@ -88,7 +88,7 @@ async def test_the_kernel_belongs_to_the_vm(world: World) -> None:
     assert vm.kernel is not None
     assert (vm.kernel.append, vm.kernel.kernel_bytes, vm.kernel.initrd_sha256) == ("console=ttyS0", 6, None)
     await world.images.remove("linux")
-    files = world.vms.kernel_files(vm)
+    files = world.vms.kernels.paths(vm)
     assert files is not None
     assert (files[0].read_bytes(), files[1]) == (b"kernel", None)
     await world.vms.remove("web01", keep_disks=False)

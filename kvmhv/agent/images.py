@@ -5,17 +5,17 @@ An upload replaces the old file by a rename, when it is whole, checked and on di
 """
 
 import asyncio
-import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
+from kvmhv.agent import kernel_files
 from kvmhv.agent.vm_records import VmRecords
 from kvmhv.config import Config
 from kvmhv.core.vm_spec import APPEND_MAX, check_name
@@ -26,7 +26,6 @@ from kvmhv.ports import Disks, Records
 
 KIND = "image"
 PARTS = ("kernel", "initrd", "disk")
-Part = Literal["kernel", "initrd", "disk"]
 DIRECTORY = "_images"
 """In the location; no VM's directory can have this name."""
 KERNEL_MAX_BYTES = 1024**3
@@ -112,8 +111,7 @@ class Images:
         except ConnectionError:  # the uploader's, not ours
             raise
         except OSError as error:
-            code = "location-full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "storage"
-            raise HostError(code, f"{file}: {error.strerror}", "check the file system") from error
+            raise kernel_files.unwritable(file, error) from error
         finally:
             fresh.unlink(missing_ok=True)
             _remove_if_empty(fresh.parent)
@@ -146,17 +144,27 @@ class Images:
             )
         return ImageFile(self._disk_file(name, image.disk_format), image.disk_format, image.disk_virtual_bytes)
 
-    async def copy_kernel(self, name: str, directory: Path, append: str | None) -> DirectKernel | None:
-        """Copy an image's kernel and initrd into a VM's directory; None if it has no kernel."""
+    def kernels(self, name: str, sha256: str) -> tuple[Path, ...]:
+        """Return the `kernel` or `initrd` of each image that has it with this content."""
+        images = (msgspec.json.decode(value, type=Image) for _, value in self._records.all(KIND))
+        digests = ((image.name, {"kernel": image.kernel_sha256, "initrd": image.initrd_sha256}) for image in images)
+        return tuple(self._directory / image / name for image, digest in digests if digest[name] == sha256)
+
+    async def place_kernel(self, name: str, directory: Path, append: str | None) -> DirectKernel | None:
+        """Put an image's kernel and initrd into a VM's directory; None if it has no kernel."""
         image = self.get(name)
         if image.kernel_sha256 is None:
             return None
+        parts = self._directory / name
         try:
-            await asyncio.to_thread(directory.mkdir, parents=True, exist_ok=True, mode=0o700)
-            kernel_bytes, kernel_sha256 = await asyncio.to_thread(self._copy_part, name, "kernel", directory)
+            kernel_bytes, kernel_sha256 = await asyncio.to_thread(
+                kernel_files.place, parts / "kernel", directory / "kernel"
+            )
             initrd_bytes, initrd_sha256 = 0, None
             if image.initrd_sha256 is not None:
-                initrd_bytes, initrd_sha256 = await asyncio.to_thread(self._copy_part, name, "initrd", directory)
+                initrd_bytes, initrd_sha256 = await asyncio.to_thread(
+                    kernel_files.place, parts / "initrd", directory / "initrd"
+                )
         except OSError as error:
             raise HostError("storage", f"image {name}: {error}", "import the image again") from error
         return DirectKernel(
@@ -175,13 +183,6 @@ class Images:
             _remove_if_empty(directory)
 
     # ---
-
-    def _copy_part(self, name: str, part: Part, directory: Path) -> tuple[int, str]:
-        """Copy a part; size and sha256 of what has arrived."""
-        shutil.copyfile(self._directory / name / part, directory / part)
-        with (directory / part).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), digest
 
     def _layer(self, name: str, kind: DiskFormat) -> Layer:
         return Layer(location="default", path=f"{DIRECTORY}/{name}.{kind.value}", format=kind)
@@ -239,7 +240,7 @@ async def _receive(file: Path, chunks: AsyncIterator[bytes], limit_bytes: int | 
             if size_bytes >= checked_bytes:
                 _check_space(file.parent)
                 checked_bytes = size_bytes + CHECK_EVERY_BYTES
-            await asyncio.to_thread(_write_all, descriptor, chunk)
+            await asyncio.to_thread(kernel_files.write_all, descriptor, chunk)
             digest.update(chunk)
             size_bytes += len(chunk)
             if limit_bytes is not None and size_bytes > limit_bytes:
@@ -252,12 +253,6 @@ async def _receive(file: Path, chunks: AsyncIterator[bytes], limit_bytes: int | 
     return size_bytes, digest.hexdigest()
 
 
-def _write_all(descriptor: int, chunk: bytes) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
 def _check_space(directory: Path) -> None:
     free = shutil.disk_usage(directory).free
     if free < KEEP_FREE_BYTES + CHECK_EVERY_BYTES:
@@ -266,11 +261,7 @@ def _check_space(directory: Path) -> None:
 
 def _put_in_place(fresh: Path, file: Path) -> None:
     fresh.replace(file)
-    directory = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    kernel_files.sync_directory(file.parent)
 
 
 def _remove_if_empty(directory: Path) -> None:

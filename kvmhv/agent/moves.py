@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import structlog
 
-from kvmhv.agent import arriving_disks, arriving_files, events, past_moves
+from kvmhv.agent import arriving_disks, events, past_moves
 from kvmhv.agent.api.services import CheckReport
 from kvmhv.agent.chronicle import Chronicle
 from kvmhv.agent.enquiry import Enquiry
@@ -29,7 +29,7 @@ from kvmhv.core import admission, checks, checks_steered, facts, plan, resolve
 from kvmhv.core.handover import SourceHold, TargetHold
 from kvmhv.core.resolve import Choice, RunAt
 from kvmhv.core.source_state import SourceState
-from kvmhv.core.target import TargetState, TargetStep
+from kvmhv.core.target import TargetState
 from kvmhv.errors import CallerError, KvmhvError, PeerBroke, Refused
 from kvmhv.messages import Answer, Enquire, Offer, Proof
 from kvmhv.model import Asked, MoveReport, MoveRequest, Outcome, Refusal, Rule, Severity, Vm
@@ -312,12 +312,12 @@ class Moves:
             self._sharing.forget_later(tuple(written))
 
     async def receive_file(self, peer_name: str, move_id: str, name: str, chunks: AsyncIterator[bytes]) -> None:
-        """Keep a kernel file of an incoming VM. Raises CallerError `file-not-wanted`, `file-damaged`."""
-        runner = self._open.find(move_id, TARGET)
-        state = runner.state if runner else None
-        if not isinstance(state, TargetState) or state.source != peer_name or state.step is not TargetStep.RECEIVING:
-            raise CallerError("file-not-wanted", f"no move of {peer_name} waits for {name!r} here", "", http_status=409)
-        await arriving_files.keep(state.vm, name, chunks, self._vms.kernel_directory(state.vm.id))
+        """Keep a kernel file of an incoming VM. Raises as KernelFiles.keep()."""
+        await self._vms.kernels.keep(self._open.receiving(move_id, peer_name), name, chunks)
+
+    async def take_file(self, peer_name: str, move_id: str, name: str) -> bool:
+        """Take a kernel file of an incoming VM from what this host has. Raises as KernelFiles.take()."""
+        return await self._vms.kernels.take(self._open.receiving(move_id, peer_name), name)
 
     # --- as target
 

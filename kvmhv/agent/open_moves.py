@@ -22,8 +22,8 @@ from kvmhv.core import admission, facts, first_frame, recover, steered, steered_
 from kvmhv.core.effects import Effect
 from kvmhv.core.source_state import SourceState
 from kvmhv.core.storage_state import StorageState
-from kvmhv.core.target import TargetState
-from kvmhv.errors import HostError
+from kvmhv.core.target import TargetState, TargetStep
+from kvmhv.errors import CallerError, HostError
 from kvmhv.model import MoveReport, Outcome, Vm
 from kvmhv.ports import Clock, Flows, Frames, Hypervisor, Journal, MigrationWays, Peer, Probes, QemuEvent, Runtime
 from kvmhv.wire.session import SOURCE, TARGET, Hello
@@ -80,6 +80,14 @@ class OpenMoves:
     def find(self, move_id: str, role: str) -> Runner | None:
         """Return the runner of an open move."""
         return self._runners.get((move_id, role))
+
+    def receiving(self, move_id: str, peer_name: str) -> Vm:
+        """Return the VM that a move of this peer waits for the files of. Raises CallerError `file-not-wanted`."""
+        runner = self.find(move_id, TARGET)
+        state = runner.state if runner else None
+        if not isinstance(state, TargetState) or state.source != peer_name or state.step is not TargetStep.RECEIVING:
+            raise CallerError("file-not-wanted", f"no move of {peer_name} waits for files here", http_status=409)
+        return state.vm
 
     def any(self, move_id: str) -> Runner | None:
         """Return the runner of an open move, whatever this host's part in it is."""

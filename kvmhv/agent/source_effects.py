@@ -125,11 +125,10 @@ class SourceMachine:
     # --- effects
 
     async def _send_files(self) -> facts.Fact:
-        files = self._vms.kernel_files(self._vm)
+        files = self._vms.kernels.paths(self._vm)
         assert files is not None, "files were asked for that the VM does not have"
-        for name, file in zip(("kernel", "initrd"), files, strict=True):
-            if file is not None:
-                await self._peer.send_file(self._target, self._move_id, name, file, self._files_s)
+        named = {name: file for name, file in zip(("kernel", "initrd"), files, strict=True) if file is not None}
+        await self._peer.send_files(self._target, self._move_id, named, self._files_s)
         return facts.FilesUploaded(at_ms=self._clock.monotonic_ms())
 
     async def _mirror_disks(self, effect: MirrorDisks) -> facts.Fact:

@@ -85,7 +85,7 @@ class TargetMachine:
             effect.plan,
             self._psk_hex,
             arriving,
-            self._vms.kernel_files(self._vm),
+            self._vms.kernels.paths(self._vm),
         )
         return facts.IncomingReady(at_ms=self._clock.monotonic_ms(), address=address)
 

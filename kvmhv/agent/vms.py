@@ -6,7 +6,6 @@ file, no record.
 
 import asyncio
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Collection
@@ -16,6 +15,7 @@ import msgspec
 
 from kvmhv.agent.bases import Bases
 from kvmhv.agent.images import Images
+from kvmhv.agent.kernel_files import KernelFiles
 from kvmhv.agent.owners import Owners
 from kvmhv.agent.vm_claims import Claims
 from kvmhv.agent.vm_disks import ImageDisks, VmDisks
@@ -26,7 +26,7 @@ from kvmhv.agent.vm_taps import VmTaps
 from kvmhv.config import Config
 from kvmhv.core import vm_spec
 from kvmhv.drivers.host import boot_id, cpu_count
-from kvmhv.errors import CallerError, HostError, KvmhvError, Refused
+from kvmhv.errors import CallerError, KvmhvError, Refused
 from kvmhv.model import DirectKernel, Layer, Vm, VmDetails, VmSpec, VmState, VmSummary
 from kvmhv.places import DiskPlace
 from kvmhv.ports import Hypervisor, Network, Records, RunState
@@ -55,6 +55,7 @@ class Vms:
         self._disks = self.disks = VmDisks(records, disks, images, owners, bases)
         self._network = network
         self._images = images
+        self.kernels = KernelFiles(config.state_path, self._records, images)
         self._claims = self.claims = Claims()
         self.settings = VmSettings(self._records, self._claims)
         self._taps = VmTaps(network)
@@ -69,7 +70,7 @@ class Vms:
         """
         await self._images.recover()
         for vm_id in await self._disks.recover():
-            await asyncio.to_thread(_remove_tree, self.kernel_directory(vm_id))
+            await self.kernels.remove(vm_id)
         known = await self._hypervisor.known()
         for record in self._records.all():
             if record.vm.id in known:
@@ -232,7 +233,7 @@ class Vms:
 
     async def forget(self, vm_id: str) -> None:
         """Drop the VM's record and its kernel files; its disks stay, so remove_disks() comes first."""
-        await asyncio.to_thread(_remove_tree, self.kernel_directory(vm_id))
+        await self.kernels.remove(vm_id)
         self._records.delete(vm_id)
         self._ends.forget(vm_id)
 
@@ -261,17 +262,6 @@ class Vms:
         """Remove the VM's taps."""
         await self._taps.drop(vm)
 
-    def kernel_directory(self, vm_id: str) -> Path:
-        """Where the files lie that belong to the VM: `kernel` and `initrd`."""
-        return self._config.state_path / "vms" / vm_id
-
-    def kernel_files(self, vm: Vm) -> tuple[Path, Path | None] | None:
-        """Return the paths of a VM's kernel and initrd, None if it boots from a disk; arriving files go there too."""
-        if vm.kernel is None:
-            return None
-        directory = self.kernel_directory(vm.id)
-        return directory / "kernel", directory / "initrd" if vm.kernel.initrd_sha256 else None
-
     async def remove_disks(self, vm: Vm, names: Collection[str] | None = None) -> None:
         """Delete what VmDisks.make_empty made, or, of a defined VM, its own layers of these disks (None: of all)."""
         await self._disks.remove(vm, names)
@@ -283,7 +273,7 @@ class Vms:
         await self._disks.claim(vm, take_over=take_over)
         taps = await self.ensure_taps(vm)
         try:
-            await self._hypervisor.start(vm, self.disk_paths(vm), taps, self.kernel_files(vm))
+            await self._hypervisor.start(vm, self.disk_paths(vm), taps, self.kernels.paths(vm))
             self._ends.forget(vm.id)
             self._records.put(
                 VmRecord(vm=vm, should_run=True, boot_id=boot_id(), started_at=time.time(), exit_reason=None)
@@ -314,14 +304,14 @@ class Vms:
     async def _kernel(self, vm_id: str, spec: VmSpec) -> DirectKernel | None:
         kernel = None
         if spec.image is not None:
-            kernel = await self._images.copy_kernel(spec.image, self.kernel_directory(vm_id), spec.append)
+            kernel = await self._images.place_kernel(spec.image, self.kernels.directory(vm_id), spec.append)
         if kernel is None and spec.append is not None:
             raise CallerError("append-invalid", "there is no kernel to give a command line to", "use --image")
         return kernel
 
     async def _undo_create(self, vm_id: str) -> None:
         await self._disks.undo(vm_id)
-        await asyncio.to_thread(_remove_tree, self.kernel_directory(vm_id))
+        await self.kernels.remove(vm_id)
 
     async def _facts(self) -> vm_spec.HostFacts:
         qemu = await self._hypervisor.probe()
@@ -387,12 +377,3 @@ def _summary(one: VmDetails) -> VmSummary:
 
 def _shown(state: RunState) -> VmState:
     return SHOWN.get(state.status, VmState.PAUSED)
-
-
-def _remove_tree(directory: Path) -> None:
-    try:
-        shutil.rmtree(directory)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise HostError("storage", f"{directory}: {error}", "remove it by hand, then try again") from error

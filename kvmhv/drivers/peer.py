@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import os
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -46,6 +46,12 @@ class TrustAnswer(Struct, frozen=True, kw_only=True):
 
     host: str
     trusted: bool
+
+
+class FileTaken(Struct, frozen=True, kw_only=True):
+    """Whether the target has taken a file from what it has, so that it need not be sent."""
+
+    taken: bool
 
 
 class Credentials(Protocol):
@@ -181,29 +187,17 @@ class Peer:
             raise
         return WebSocketConnection(socket, target.name, session)
 
-    async def send_file(self, host: str, move_id: str, name: str, file: Path, timeout_s: float) -> None:
-        """Upload a file that belongs to the VM to the target of a move.
+    async def send_files(self, host: str, move_id: str, files: Mapping[str, Path], timeout_s: float) -> None:
+        """Upload files that belong to the VM of a move, by name, to the target; not those that it has already.
 
         Raises as `connect`, the target's own error, HostError `file-unreadable`.
         """
         target = self.trusted(host)
-        route = FILE_ROUTE.format(move=move_id, name=name)
-        try:
-            # Before aiohttp's writer runs: that is cancelled at any moment, and would lose a file that it opens.
-            stream = await asyncio.to_thread(file.open, "rb")
-        except OSError as error:
-            raise _unreadable(file, error) from error
-        size = os.fstat(stream.fileno()).st_size
-        url = f"https://{target.address}{route}"
-        headers = {"Content-Length": str(size)}
-        with stream:
-            async with (
-                self.session(target) as session,
-                self.translated(target),
-                asyncio.timeout(timeout_s),
-                session.put(url, data=_chunks(file, stream), headers=headers) as response,
-            ):
-                await raise_for_body(response, target.name)
+        async with self.session(target) as session, self.translated(target), asyncio.timeout(timeout_s):
+            for name, file in files.items():
+                url = f"https://{target.address}{FILE_ROUTE.format(move=move_id, name=name)}"
+                if not await _has(session, url, target.name):
+                    await _upload(session, url, file, target.name)
 
     def session(self, target: TrustedHost) -> aiohttp.ClientSession:
         """Return a client session that reaches this host only, without a total deadline: the caller sets one."""
@@ -303,6 +297,29 @@ async def _bounded(response: aiohttp.ClientResponse, host: str) -> bytes:
         if len(content) > ANSWER_MAX_BYTES:
             raise PeerBroke("peer-protocol", f"{host} answered with too many bytes", "see its agent's log", host=host)
     return bytes(content)
+
+
+async def _has(session: aiohttp.ClientSession, url: str, host: str) -> bool:
+    """Ask whether a file need not be sent. Only a clear yes is one: an older agent does not know the question."""
+    async with session.post(url) as response:
+        content = await _bounded(response, host)
+    if response.status != 200:
+        return False
+    with contextlib.suppress(msgspec.MsgspecError):
+        return msgspec.json.decode(content, type=FileTaken).taken
+    return False
+
+
+async def _upload(session: aiohttp.ClientSession, url: str, file: Path, host: str) -> None:
+    try:
+        # Before aiohttp's writer runs: that is cancelled at any moment, and would lose a file that it opens.
+        stream = await asyncio.to_thread(file.open, "rb")
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    with stream:
+        headers = {"Content-Length": str(os.fstat(stream.fileno()).st_size)}
+        async with session.put(url, data=_chunks(file, stream), headers=headers) as response:
+            await raise_for_body(response, host)
 
 
 async def _chunks(file: Path, stream: IO[bytes]) -> AsyncIterator[bytes]:

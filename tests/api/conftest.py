@@ -182,6 +182,7 @@ class Moves:
     reports: list[MoveReport] = field(default_factory=list)
     callers: list[str] = field(default_factory=list)
     files: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
+    has: set[str] = field(default_factory=set)
     served: asyncio.Queue[PeerConnection] = field(default_factory=asyncio.Queue)
     serving_ends: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -221,6 +222,9 @@ class Moves:
 
     async def receive_file(self, peer_name: str, move_id: str, name: str, chunks: AsyncIterator[bytes]) -> None:
         self.files[peer_name, move_id, name] = b"".join([chunk async for chunk in chunks])
+
+    async def take_file(self, peer_name: str, move_id: str, name: str) -> bool:
+        return name in self.has
 
 
 class Queue:

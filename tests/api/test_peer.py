@@ -142,14 +142,38 @@ async def test_send_file(pair: tuple[Any, Any], tmp_path: Path) -> None:
     source, target = pair
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"vmlinuz" * 100_000)
-    await source.peer.send_file("host2", "m1", "kernel", kernel, 10)
+    await source.peer.send_files("host2", "m1", {"kernel": kernel}, 10)
     assert target.moves.files == {("host1", "m1", "kernel"): kernel.read_bytes()}
     with pytest.raises(HostError) as caught:
-        await source.peer.send_file("host2", "m1", "initrd", tmp_path / "none", 10)
+        await source.peer.send_files("host2", "m1", {"initrd": tmp_path / "none"}, 10)
     assert caught.value.code == "file-unreadable"
     target.trust.remove("host1")
     with pytest.raises(Refused):
-        await source.peer.send_file("host2", "m1", "kernel", kernel, 10)
+        await source.peer.send_files("host2", "m1", {"kernel": kernel}, 10)
+
+
+async def test_a_file_that_the_target_has_is_not_sent(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    source, target = pair
+    target.moves.has.add("kernel")
+    files = {name: tmp_path / name for name in ("kernel", "initrd")}
+    for file in files.values():
+        file.write_bytes(b"some bytes")
+    await source.peer.send_files("host2", "m1", files, 10)
+    assert target.moves.files == {("host1", "m1", "initrd"): b"some bytes"}
+
+
+async def test_an_agent_that_does_not_know_the_question_is_sent_everything(
+    pair: tuple[Any, Any], tmp_path: Path
+) -> None:
+    source, target = pair
+
+    async def refuse(peer_name: str, move_id: str, name: str) -> bool:
+        raise CallerError("method", "POST is not for this path", "try PUT", http_status=405)
+
+    target.moves.take_file = refuse
+    (tmp_path / "kernel").write_bytes(b"vmlinuz")
+    await source.peer.send_files("host2", "m1", {"kernel": tmp_path / "kernel"}, 10)
+    assert target.moves.files == {("host1", "m1", "kernel"): b"vmlinuz"}
 
 
 async def test_the_other_agents_error_comes_through(pair: tuple[Any, Any], tmp_path: Path) -> None:
@@ -162,7 +186,7 @@ async def test_the_other_agents_error_comes_through(pair: tuple[Any, Any], tmp_p
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"k")
     with pytest.raises(CallerError) as caught:
-        await source.peer.send_file("host2", "m1", "kernel", kernel, 10)
+        await source.peer.send_files("host2", "m1", {"kernel": kernel}, 10)
     assert caught.value.code == "move-unknown"
 
 

@@ -62,7 +62,7 @@ async def upload(peer: Peer, wish: dict[str, Any]) -> str:
     """Upload a file; returns the code of the refusal, empty if it was taken."""
     with tempfile.NamedTemporaryFile() as file:
         try:
-            await peer.send_file(wish["to"], wish["move"], wish["name"], Path(file.name), PATIENCE_S)
+            await peer.send_files(wish["to"], wish["move"], {wish["name"]: Path(file.name)}, PATIENCE_S)
         except KvmhvError as error:
             return error.code
     return ""

@@ -12,6 +12,7 @@ from kvmhv.drivers.peer import (
     JOIN_ROUTE,
     MOVE_ROUTE,
     TRUST_ROUTE,
+    FileTaken,
     TrustAnswer,
     TrustQuestion,
     WebSocketConnection,
@@ -44,6 +45,11 @@ async def move(api: Services, call: Call) -> web.WebSocketResponse:
 async def receive_file(api: Services, call: Call) -> None:
     """Keep a file of an incoming move."""
     await api.moves.receive_file(call.caller.name, call.path("move"), call.path("name"), call.chunks())
+
+
+async def take_file(api: Services, call: Call) -> FileTaken:
+    """Take a file of an incoming move from what this host has."""
+    return FileTaken(taken=await api.moves.take_file(call.caller.name, call.path("move"), call.path("name")))
 
 
 async def metrics(api: Services, call: Call) -> web.Response:
@@ -85,6 +91,14 @@ PEER_ROUTES = (
         handler=move,
         access=Access.PEER,
         status=101,
+    ),
+    Route(
+        method="POST",
+        path=FILE_ROUTE,
+        doc="Take a file that belongs to the VM of a move from what this host has (between agents).",
+        handler=take_file,
+        access=Access.PEER,
+        response=FileTaken,
     ),
     Route(
         method="PUT",

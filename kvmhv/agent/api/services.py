@@ -179,6 +179,10 @@ class Moves(Protocol):
         """Keep a file that belongs to the VM of an incoming move of that peer."""
         ...
 
+    async def take_file(self, peer_name: str, move_id: str, name: str) -> bool:
+        """Take such a file from what this host has; False if it has none like it."""
+        ...
+
 
 class QueuedMoves(Protocol):
     """Moves that wait for a slot."""

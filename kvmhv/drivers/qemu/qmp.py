@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import msgspec
 from qemu.qmp import ExecuteError, Message, QMPClient, QMPError, Runstate
@@ -60,16 +60,31 @@ class QmpLog:
     def __init__(self, path: Path, now_ms: Callable[[], float]) -> None:
         self._path = path
         self._now_ms = now_ms
+        self._file: IO[bytes] | None = None
+        self._stays_open = True
 
     def write(self, sign: str, what: object) -> None:
-        """Append a line: `>` sent, `<` answered, `*` event."""
+        """Append a line: `>` sent, `<` answered, `*` event. The file stays open until `close`."""
         with contextlib.suppress(OSError):
             text = json.dumps(what, separators=(",", ":"), default=str)[:LOG_LINE_MAX_CHARACTERS]
-            with self._path.open("a") as file:
-                file.write(f"{self._now_ms():.3f} {sign} {text}\n")
-                full = file.tell() > LOG_MAX_BYTES
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            self._file.write(f"{self._now_ms():.3f} {sign} {text}\n".encode())
+            full = self._file.tell() > LOG_MAX_BYTES
+            if full or not self._stays_open:
+                self._let_go()
             if full:
                 self._path.replace(self._path.with_name(self._path.name + ".1"))
+
+    def close(self) -> None:
+        """Let go of the file. Last words are still written."""
+        self._stays_open = False
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class Qmp:
@@ -204,6 +219,7 @@ class Qmp:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        self._log.close()
 
     # ---
 
