@@ -245,6 +245,17 @@ async def test_paced_skips_all_but_the_newest_and_beats(move_report: Any) -> Non
     assert seen[-1].startswith(b'event: error\ndata: {"code":"broken"')
 
 
+async def test_the_last_report_does_not_wait_for_its_interval(move_report: Any) -> None:
+    async def reports() -> AsyncIterator[Any]:
+        yield move_report("first")
+        await asyncio.sleep(0)
+        yield move_report("last")
+
+    async with asyncio.timeout(10):
+        seen = [event async for event in paced(reports(), 3600.0, 3600.0)]
+    assert b'"id":"last"' in seen[-1]
+
+
 async def test_openapi_has_every_route_and_resolves(make_host: Any) -> None:
     host = await make_host("host1")
     async with host.local() as local, local.get("/openapi.json") as response:

@@ -84,7 +84,7 @@ async def events(api: Services, call: Call) -> web.StreamResponse:
 async def paced(reports: AsyncIterator[MoveReport], interval_s: float, heartbeat_s: float) -> AsyncIterator[bytes]:
     """Turn reports into server-sent events: the newest at most once per interval, a comment when nothing happens.
 
-    Ends after the last report; an error of the source becomes an event `error`.
+    Ends with the last report, which does not wait for its interval; an error of the source becomes an event `error`.
     """
     newest: MoveReport | None = None
     failure: KvmhvError | None = None
@@ -116,7 +116,7 @@ async def paced(reports: AsyncIterator[MoveReport], interval_s: float, heartbeat
             if report is not None:
                 yield b"event: move\ndata: " + msgspec.json.encode(report) + b"\n\n"
             if not ended:
-                await asyncio.sleep(interval_s)
+                await asyncio.wait({reader}, timeout=interval_s)  # the end is told at once
         if failure is not None:
             yield b"event: error\ndata: " + msgspec.json.encode(failure.body()) + b"\n\n"
     finally:
