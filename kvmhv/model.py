@@ -165,6 +165,9 @@ class Vm(Struct, frozen=True, kw_only=True):
     """What runs it: empty, kvmhv itself; else the name of the program that owns it (`libvirt`)."""
     definition: Annotated[str, Meta(max_length=MIB)] = ""
     """The runtime's own words for all of the VM; only its driver reads them."""
+    free_page_reporting: bool = False
+    """Its balloon has the feature of this name: what the guest frees is given back to the host, and then need not be
+    sent. The guest knows it, so it is the same on both hosts and for as long as the VM runs."""
 
 
 class VmState(enum.StrEnum):
@@ -282,6 +285,8 @@ class QemuInfo(Struct, frozen=True, kw_only=True):
     """How it can compress memory, the best first."""
     post_copy: bool = False
     """Whether it, the kernel and this kvmhv can let pages follow a guest."""
+    free_page_reporting: bool = False
+    """Whether it and this kvmhv can take what a guest reports as free."""
 
     @property
     def version_text(self) -> str:
@@ -842,6 +847,9 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """A storage move: how long the guest's disk requests waited at the change from the old images to the new ones."""
     savings: tuple[DiskSaving, ...] = ()
     """What of each disk that travelled was not sent; there as soon as all of them are copied."""
+    memory_zero_bytes: int | None = None
+    """Memory of nothing but zeros, by QEMU's count: of each page a mark of some bytes was sent. Pages that the guest
+    never touched or gave back, and any other of zeros; once in each pass that had it to send. None: not known."""
     pages: PagesFollowed | None = None
     """With post-copy, once the guest runs at the target without all of its pages: what followed it."""
     queue: QueuePlace | None = None
@@ -941,6 +949,7 @@ class VmSpec(Struct, frozen=True, kw_only=True):
     macs: tuple[str, ...] = ()
     image: str | None = None
     append: str | None = None
+    free_page_reporting: bool = True
 
 
 class Image(Struct, frozen=True, kw_only=True):

@@ -70,6 +70,8 @@ class MemoryStats(Struct, frozen=True, kw_only=True):
     throughput_bytes_per_s: float = 0.0
     dirty_sync_count: int = 0
     throttle_percent: int = 0
+    zero_bytes: int | None = None
+    """Pages of nothing but zeros, of which a mark was sent; None: not told."""
     pages_bytes: int = 0
     """Post-copy: sent since the guest runs at the target."""
     pages_requests: int = 0

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from kvmhv.core import checks
-from kvmhv.model import GIB, MIB, Accel, Address, DiskFormat, Finding, Inventory, MoveRequest, Severity, Vm
+from kvmhv.model import GIB, MIB, Accel, Address, DiskFormat, Finding, Inventory, MoveRequest, QemuInfo, Severity, Vm
 from tests.sim import examples
 
 VM = examples.vm()
@@ -84,6 +84,20 @@ def test_what_is_wrong_with_the_target(expected: str) -> None:
 def test_what_is_only_told(expected: str) -> None:
     (finding,) = findings(target=WARNINGS[expected])
     assert (finding.id, finding.severity) == (expected, Severity.WARNING)
+
+
+def test_a_guest_that_reports_free_pages_goes_only_where_they_are_taken() -> None:
+    """An older kvmhv says nothing of it, which is a no; a guest that reports none can go there."""
+    older = change(TARGET, qemu=msgspec.convert(without(TARGET.qemu, "free_page_reporting"), QemuInfo))
+    assert ids(target=older) == []
+    reports = change(VM, free_page_reporting=True)
+    assert ids(moving=reports) == []
+    (found,) = findings(target=older, moving=reports)
+    assert (found.id, found.severity, found.host) == ("free-page-reporting-missing", Severity.ERROR, "host2")
+
+
+def without(value: Any, field: str) -> dict[str, object]:
+    return {name: held for name, held in msgspec.to_builtins(value).items() if name != field}
 
 
 def test_cpus_few_is_a_warning() -> None:

@@ -224,7 +224,32 @@ def test_vm_create_and_start(agent: ScriptedAgent, run: Run, monkeypatch: pytest
     assert spec["memory_bytes"] == 256 * 1024**2
     assert spec["disks"][1]["file"] == str(tmp_path / "here.img"), "a relative path is meant from here"  # type: ignore[index]
     assert (spec["switches"], spec["macs"]) == (["lan"], ["02:00:00:00:00:01"])
+    assert spec["free_page_reporting"] is True
     assert (spec["image"], spec["append"], spec["cpu"], spec["machine"]) == ("small", "quiet", "qemu64", "pc-q35-7.2")
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "said"),
+    [
+        (["--probe", "ping:10.0.0.1"], {"probe": "ping:10.0.0.1"}, "is asked by ping:10.0.0.1 when it moves"),
+        (["--no-probe"], {"probe": None}, "has no probe"),
+        (["--free-page-reporting"], {"free_page_reporting": True}, "gives what it frees back to the host"),
+        (
+            ["--no-free-page-reporting", "--no-probe"],
+            {"free_page_reporting": False, "probe": None},
+            "does not give what it frees back to the host, has no probe",
+        ),
+    ],
+)
+def test_vm_set(agent: ScriptedAgent, run: Run, options: list[str], changes: dict[str, object], said: str) -> None:
+    agent.on("PATCH", "/v1/vms/web01", {})
+    assert run("vm", "set", "web01", *options)[:2] == (0, f"web01 {said}\n")
+    assert agent.requests[0].json() == changes
+
+
+@pytest.mark.parametrize("options", [[], ["--probe", "ping:10.0.0.1", "--no-probe"]])
+def test_vm_set_without_one_wish(run: Run, options: list[str]) -> None:
+    assert run("vm", "set", "web01", *options)[0] == 2
 
 
 def test_image_import(agent: ScriptedAgent, run: Run, tmp_path: Path) -> None:

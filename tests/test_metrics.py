@@ -145,7 +145,7 @@ def test_figures_are_counted_by_the_source_and_the_gap_by_the_target() -> None:
     finding = Finding(id="switch-missing", severity=Severity.WARNING, object="nic0", host="h", text="t", todo="d")
     saving = DiskSaving(disk="disk0", size_bytes=9, sent_bytes=1, base_bytes=2, unallocated_bytes=5, zero_bytes=3)
     report = msgspec.structs.replace(
-        DONE, disk_bytes=7, findings=(finding,), network_gap_ms=250.0, savings=(saving, saving)
+        DONE, disk_bytes=7, findings=(finding,), network_gap_ms=250.0, savings=(saving, saving), memory_zero_bytes=11
     )
     source, target = Metrics("1", "host1"), Metrics("1", "host2")
     source.observe_move(report)
@@ -156,7 +156,9 @@ def test_figures_are_counted_by_the_source_and_the_gap_by_the_target() -> None:
     assert out["kvmhv_migration_saved_bytes_total reason=unallocated"] == 10
     assert out["kvmhv_migration_saved_bytes_total reason=base"] == 4
     assert out["kvmhv_migration_saved_bytes_total reason=zeros"] == 6
+    assert out["kvmhv_migration_saved_bytes_total reason=zero-pages"] == 11
     assert into["kvmhv_migration_saved_bytes_total reason=zeros"] == 0
+    assert into["kvmhv_migration_saved_bytes_total reason=zero-pages"] == 0
     assert out["kvmhv_migration_switchovers_total reason=pass-limit"] == 1
     assert out["kvmhv_migration_findings_total id=switch-missing"] == 1
     assert out["kvmhv_migration_network_gap_seconds_count"] == 0

@@ -122,6 +122,15 @@ def test_the_whole_command_line() -> None:
     assert build(LAUNCH) == WHOLE
 
 
+def test_a_balloon_that_takes_back_what_the_guest_frees() -> None:
+    assert "free-page-reporting" not in " ".join(build(LAUNCH))
+    argv = build(with_vm(free_page_reporting=True))
+    assert argv[WHOLE.index("virtio-balloon-pci,id=balloon0,bus=pcie.0,addr=0x1d")] == (
+        "virtio-balloon-pci,id=balloon0,bus=pcie.0,addr=0x1d,free-page-reporting=on"
+    )
+    assert len(argv) == len(WHOLE)
+
+
 def test_the_target_builds_the_same_machine_and_waits() -> None:
     arriving = build(msgspec.structs.replace(LAUNCH, incoming=True))
     assert arriving == [*build(LAUNCH), "-incoming", "defer", "-S"]

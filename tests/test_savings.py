@@ -5,8 +5,10 @@ import os
 import socket
 
 import msgspec
+import pytest
 
 from kvmhv.cli import move_html
+from kvmhv.cli.move_report import draw_report
 from kvmhv.core import plan, savings
 from kvmhv.drivers.qemu.disk_wire import DiskWire
 from kvmhv.drivers.qemu.process import Process
@@ -92,6 +94,24 @@ async def test_a_process_tells_what_its_connections_have_sent() -> None:
                 assert process.sent_bytes("127.0.0.2", (port,)) == {}
             finally:
                 process.release()
+
+
+def test_the_count_of_zero_pages_only_grows_and_a_qemu_that_is_gone_tells_none() -> None:
+    assert savings.of_memory(None, None) is None
+    assert savings.of_memory(None, 0) == 0
+    assert savings.of_memory(8, None) == 8
+    assert savings.of_memory(8, 4) == 8
+    assert savings.of_memory(8, 12) == 12
+
+
+def test_page_and_terminal_show_zero_pages_where_they_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    told = report(memory_zero_bytes=166 * MIB)
+    assert "Zero pages" in move_html.page(told)
+    assert "Zero pages" not in move_html.page(report())
+    draw_report(told)
+    assert "166 MiB, of each page a mark was sent" in capsys.readouterr().out
+    draw_report(report())
+    assert "zero pages" not in capsys.readouterr().out
 
 
 def test_page_and_terminal_show_it() -> None:

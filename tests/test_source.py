@@ -144,6 +144,16 @@ def test_kernel_files_go_before_the_target_makes_ready() -> None:
     assert driven.told(facts.PeerConnected(at_ms=2)).said() == [FilesSent()]
 
 
+def test_zero_pages_are_counted_as_long_as_qemu_tells_them() -> None:
+    driven = at(S.MEMORY)
+    assert report(driven.state, 10.0).memory_zero_bytes is None
+    told = facts.MemoryProgress(
+        at_ms=10, sent_bytes=1, remaining_bytes=1, total_bytes=9, dirty_bytes_per_s=0, zero_bytes=4
+    )
+    driven.told(told, msgspec.structs.replace(passes(1, 900), zero_bytes=8), passes(2, 800))
+    assert report(driven.state, 10.0).memory_zero_bytes == 8
+
+
 def test_without_disks_memory_goes_at_once() -> None:
     driven = at(S.OFFERING, examples.vm(disks=0)).hears(Ready(epoch=1, address=ADDRESS))
     assert driven.state.step is S.MEMORY

@@ -83,6 +83,19 @@ async def test_force_does_not_ask_the_guest(world: World) -> None:
     assert await world.state() is VmState.STOPPED
 
 
+async def test_what_the_guest_sees_of_its_balloon_changes_only_while_it_is_stopped(world: World) -> None:
+    assert (await world.vms.create(SPEC)).vm.free_page_reporting
+    await world.vms.start("web01")
+    with pytest.raises(CallerError) as runs:
+        await world.vms.settings.set_free_page_reporting("web01", False)
+    assert (runs.value.code, runs.value.http_status) == ("vm-running", 409)
+    assert world.vms.vm("web01").free_page_reporting
+    await world.vms.stop("web01", force=True, timeout_s=None)
+    for on in (False, True):
+        await world.vms.settings.set_free_page_reporting("web01", on)
+        assert world.vms.vm("web01").free_page_reporting is on
+
+
 async def test_force_cuts_a_stop_short_that_waits_for_the_guest(world: World) -> None:
     await running(world)
     world.hypervisor.obeys = False

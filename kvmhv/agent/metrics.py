@@ -157,13 +157,13 @@ class _Figures:
         self._passes = histogram("passes", "Complete passes of pre-copy before the guest was stopped.", PASS_BUCKETS)
         self._migrations = counter("s", "Moves that ended.", "direction", "mode", "outcome", "reason")
         self._bytes = counter("_bytes", "Bytes that moves sent, however they ended.", "kind")
-        self._saved = counter("_saved_bytes", "Bytes of disks that moves did not have to send, and why.", "reason")
+        self._saved = counter("_saved_bytes", "Bytes that moves did not have to send, and why.", "reason")
         self._switchovers = counter("_switchovers", "Why guests were stopped: threshold or pass-limit.", "reason")
         self._findings = counter("_findings", "Findings of the checks of moves.", "id")
         for kind in ("memory", "pages", "disk", "wire"):
             self._bytes.labels(kind)
         self._asked_pages = counter("_pages_waited_for", "Post-copy: pages that guests asked for before their turn.")
-        for why in ("base", "unallocated", "zeros"):
+        for why in ("base", "unallocated", "zeros", "zero-pages"):
             self._saved.labels(why)
 
     def count(self, report: MoveReport) -> None:
@@ -181,6 +181,7 @@ class _Figures:
             self._saved.labels("base").inc(saving.base_bytes)
             self._saved.labels("unallocated").inc(saving.unallocated_bytes)
             self._saved.labels("zeros").inc(saving.zero_bytes or 0)
+        self._saved.labels("zero-pages").inc(report.memory_zero_bytes or 0)
         for finding in report.findings:
             self._findings.labels(finding.id).inc()
         if report.switchover is not None:

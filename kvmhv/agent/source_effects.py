@@ -158,6 +158,7 @@ class SourceMachine:
                 total_bytes=stats.total_bytes,
                 dirty_bytes_per_s=stats.dirty_bytes_per_s,
                 sampled_dirty_bytes_per_s=stats.sampled_dirty_bytes_per_s,
+                zero_bytes=stats.zero_bytes,
                 pages_bytes=stats.pages_bytes,
                 pages_requests=stats.pages_requests,
             )
@@ -288,6 +289,7 @@ class SourceMachine:
             remaining_bytes=stats.remaining_bytes,
             total_bytes=stats.total_bytes,
             dirty_bytes_per_s=stats.dirty_bytes_per_s,
+            zero_bytes=stats.zero_bytes,
             throttle_percent=stats.throttle_percent,
         )
 

@@ -57,7 +57,7 @@ class Vms:
         self._images = images
         self.kernels = KernelFiles(config.state_path, self._records, images)
         self._claims = self.claims = Claims()
-        self.settings = VmSettings(self._records, self._claims)
+        self.settings = VmSettings(self._records, self._claims, hypervisor)
         self._taps = VmTaps(network)
         self._ends = VmEnds(self._records, hypervisor, self._claims, self._taps, self._disks.let_go)
 

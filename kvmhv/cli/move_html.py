@@ -111,6 +111,7 @@ def _figures(report: MoveReport) -> str:
         (report.queued_seconds is not None, "Waited for a slot", output.seconds_text(report.queued_seconds), ""),
         (not alone, "Passes", str(len(report.passes)), passes),
         (not alone, "Memory sent", output.size_text(report.memory_bytes), ""),
+        (report.memory_zero_bytes is not None, "Zero pages", _zeros(report), "of each a mark was sent"),
         (True, "Disks sent", output.size_text(report.disk_bytes), ""),
         (report.wire_bytes is not None, "On the wire", output.size_text(report.wire_bytes), "with TLS, by TCP"),
     ]
@@ -131,6 +132,10 @@ def _pages(report: MoveReport) -> Sequence[tuple[bool, str, str, str]]:
         (True, "Sent after the blackout", output.size_text(report.pages.sent_bytes), waited),
         (True, "Ran without all pages", output.seconds_text(report.pages.seconds), last),
     )
+
+
+def _zeros(report: MoveReport) -> str:
+    return output.size_text(report.memory_zero_bytes)
 
 
 def _ms(value: float | None) -> str:

@@ -189,6 +189,8 @@ def _summary(report: MoveReport) -> list[tuple[str, object]]:
     rows += _interruptions(report)
     if report.mode is not Mode.STORAGE:
         rows.append(("memory", output.size_text(report.memory_bytes)))
+    if report.memory_zero_bytes is not None:
+        rows.append(("zero pages", f"{output.size_text(report.memory_zero_bytes)}, of each page a mark was sent"))
     rows.append(("disks", output.size_text(report.disk_bytes)))
     if report.wire_bytes is not None:
         rows.append(("on the wire", output.size_text(report.wire_bytes)))

@@ -56,6 +56,11 @@ def _details(agent: Agent, name: str) -> VmDetails:
 @click.option("--mac", "macs", multiple=True, metavar="MAC", help="The card's address, in the order of --switch.")
 @click.option("--cpu", metavar="MODEL", help="CPU model; default: one that every host has.")
 @click.option("--machine", metavar="TYPE", help="Versioned machine type; default: one that every host has.")
+@click.option(
+    "--free-page-reporting/--no-free-page-reporting",
+    default=True,
+    help="The guest gives what it frees back to the host, and it need not be sent; default: yes.",
+)
 @click.option("--start", "and_start", is_flag=True, help="Start it, too.")
 @json_option
 @click.pass_obj
@@ -71,6 +76,7 @@ def create(
     macs: tuple[str, ...],
     cpu: str | None,
     machine: str | None,
+    free_page_reporting: bool,
     and_start: bool,
 ) -> None:
     """Define a VM."""
@@ -88,6 +94,7 @@ def create(
         macs=macs,
         image=image,
         append=append,
+        free_page_reporting=free_page_reporting,
     )
     agent.call("POST", "vms", object, body=spec, timeout_s=CREATE_TIMEOUT_S)
     if and_start:
@@ -154,15 +161,30 @@ def stop(session: Session, name: str, force: bool, timeout_s: float | None) -> N
     "tcp:IP:PORT or http://IP[:PORT][/PATH].",
 )
 @click.option("--no-probe", is_flag=True, help="Ask it nothing.")
+@click.option(
+    "--free-page-reporting/--no-free-page-reporting",
+    default=None,
+    help="Of a stopped VM: whether its guest gives what it frees back to the host.",
+)
 @json_option
 @click.pass_obj
-def set_vm(session: Session, name: str, probe: str | None, no_probe: bool) -> None:
-    """Change what the guest does not see of its VM."""
-    if (probe is None) != no_probe:
+def set_vm(session: Session, name: str, probe: str | None, no_probe: bool, free_page_reporting: bool | None) -> None:
+    """Change a VM: what its guest sees, only while it is stopped."""
+    if probe is not None and no_probe:
         raise click.UsageError("give --probe or --no-probe")
+    changes: dict[str, object] = {}
+    done = []
+    if free_page_reporting is not None:
+        changes["free_page_reporting"] = free_page_reporting
+        done.append(f"{'gives' if free_page_reporting else 'does not give'} what it frees back to the host")
+    if probe is not None or no_probe:
+        changes["probe"] = probe
+        done.append("has no probe" if probe is None else f"is asked by {probe} when it moves")
+    if not changes:
+        raise click.UsageError("give what is to be changed: --probe, --no-probe or --[no-]free-page-reporting")
     agent = session.agent()
-    agent.call("PATCH", f"vms/{segment(name)}", object, body={"probe": probe})
-    _say_or_show(session, agent, name, "has no probe" if probe is None else f"is asked by {probe} when it moves")
+    agent.call("PATCH", f"vms/{segment(name)}", object, body=changes)
+    _say_or_show(session, agent, name, ", ".join(done))
 
 
 @vm.command()
@@ -224,6 +246,7 @@ def _draw(details: VmDetails) -> None:
             ("machine", it.machine),
             ("boot", kernel if not it.runtime else None),
             ("epoch", it.epoch if not it.runtime else None),
+            ("free pages", _FREE_PAGES[it.free_page_reporting] if not it.runtime else None),
             ("probe", it.probe),
             ("qemu", f"{details.qemu_version}, {details.accel}, process {details.pid}" if details.pid else None),
             ("started", output.time_text(details.started_at)),
@@ -238,6 +261,9 @@ def _draw(details: VmDetails) -> None:
     if it.nics:
         output.say("")
         output.table(("card", "switch", "mac"), [_nic_row(nic) for nic in it.nics])
+
+
+_FREE_PAGES = {True: "given back to the host", False: "kept"}
 
 
 def _stall_text(stall: IoStall) -> str:

@@ -45,6 +45,7 @@ def check(vm: Vm, request: MoveRequest, source: Inventory, target: Inventory) ->
         *_identity(vm, target),
         *_processor(vm, source, target),
         *memory(vm, target),
+        *_free_pages(vm, target),
         *_devices(vm, source, target),
         *_disks(vm, request, source, target),
         *channels(source, target),
@@ -201,6 +202,20 @@ def _hypervisors(vm: Vm, source: Inventory, target: Inventory) -> Iterator[Findi
             target.host,
             f"{vm.name} has {vm.cpus} CPUs, {target.host} only {target.cpus}",
             "expect it to be slower there",
+        )
+
+
+def _free_pages(vm: Vm, target: Inventory) -> Iterator[Finding]:
+    """A target that does not know of it would start a device that does not take the guest's state."""
+    if vm.free_page_reporting and not target.qemu.free_page_reporting:
+        yield _error(
+            "free-page-reporting-missing",
+            vm.name,
+            target.host,
+            f"the guest of {vm.name} reports free pages to its balloon, and QEMU {target.qemu.version_text} or kvmhv "
+            f"{target.kvmhv_version} on {target.host} knows nothing of that",
+            f"install this kvmhv on {target.host} too; or stop {vm.name} and kvmhv vm set {vm.name} "
+            "--no-free-page-reporting",
         )
 
 

@@ -160,6 +160,8 @@ class MemoryProgress(Fact, frozen=True, kw_only=True):
     dirty_bytes_per_s: float
     sampled_dirty_bytes_per_s: float | None = None
     """By a sample of pages taken beside the first pass."""
+    zero_bytes: int | None = None
+    """Pages of nothing but zeros, of which a mark was sent; None: not told."""
     pages_bytes: int = 0
     """Post-copy: sent since the guest runs at the target."""
     pages_requests: int = 0
@@ -181,6 +183,7 @@ class PassStarted(Fact, frozen=True, kw_only=True):
     remaining_bytes: int
     total_bytes: int
     dirty_bytes_per_s: float
+    zero_bytes: int | None = None
     throttle_percent: int = 0
     """How far QEMU slows the guest's CPUs down."""
 

@@ -9,6 +9,11 @@ def bases(source: Inventory) -> tuple[Sha256, ...]:
     return tuple(base.sha256 for base in known.values())
 
 
+def of_memory(before: int | None, told: int | None) -> int | None:
+    """Return the newer count of zeros in memory: it only grows, and a QEMU that is gone tells none."""
+    return max(before or 0, told) if told is not None else before
+
+
 def of_disks(plan: Plan | None, sent: tuple[DiskSent, ...]) -> tuple[DiskSaving, ...]:
     """Return the saving of each disk; nothing before the disks are copied.
 

@@ -1,6 +1,17 @@
 """The source before the blackout: the check, the offer, disks and memory going over while the guest runs."""
 
-from kvmhv.core import blackout, checks, checks_steered, facts, plan, precopy, progress, source_switchover, source_undo
+from kvmhv.core import (
+    blackout,
+    checks,
+    checks_steered,
+    facts,
+    plan,
+    precopy,
+    progress,
+    savings,
+    source_switchover,
+    source_undo,
+)
 from kvmhv.core.effects import (
     ClearTimer,
     Effect,
@@ -153,6 +164,7 @@ def memory_progress(state: SourceState, fact: facts.Fact) -> Result:
         state,
         memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
         memory_remaining_bytes=fact.remaining_bytes,
+        memory_zero_bytes=savings.of_memory(state.memory_zero_bytes, fact.zero_bytes),
         sampled_dirty_bytes_per_s=fact.sampled_dirty_bytes_per_s or state.sampled_dirty_bytes_per_s,
     )
     if state.step is SourceStep.MEMORY:
@@ -178,6 +190,7 @@ def pass_started(state: SourceState, fact: facts.Fact) -> Result:
         pass_begun=fact,
         memory_sent_bytes=max(fact.sent_bytes, state.memory_sent_bytes),
         memory_remaining_bytes=fact.remaining_bytes,
+        memory_zero_bytes=savings.of_memory(state.memory_zero_bytes, fact.zero_bytes),
         throttle_percent=max(state.throttle_percent, fact.throttle_percent if state.throttled_ms is not None else 0),
     )
     predicted_ms = _predicted_ms(state, fact.remaining_bytes)

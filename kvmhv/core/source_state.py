@@ -2,7 +2,6 @@
 
 import enum
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 
@@ -10,6 +9,7 @@ from kvmhv.core import blackout, first_frame, progress, savings
 from kvmhv.core.effects import Effect, SetTimer
 from kvmhv.core.facts import Fact, PassStarted
 from kvmhv.core.handover import SourceHold
+from kvmhv.core.phases import PhaseMark, phase_times
 from kvmhv.messages import Offer
 from kvmhv.model import (
     Asked,
@@ -26,7 +26,6 @@ from kvmhv.model import (
     PagesFollowed,
     Pass,
     Phase,
-    PhaseTime,
     Plan,
     Rule,
     Struct,
@@ -53,13 +52,6 @@ class SourceStep(enum.StrEnum):
     CONCLUDING = "concluding"
     UNDOING = "undoing"
     ENDED = "ended"
-
-
-class PhaseMark(Struct, frozen=True, kw_only=True):
-    """When a phase began."""
-
-    phase: Phase
-    at_ms: float
 
 
 class SourceState(Struct, frozen=True, kw_only=True):
@@ -106,6 +98,7 @@ class SourceState(Struct, frozen=True, kw_only=True):
     disks_sent: tuple[DiskSent, ...] = ()
     memory_sent_bytes: int = 0
     memory_remaining_bytes: int = 0
+    memory_zero_bytes: int | None = None
     passes: tuple[Pass, ...] = ()
     pass_begun: PassStarted | None = None
     sampled_dirty_bytes_per_s: float | None = None
@@ -291,6 +284,7 @@ def report(state: SourceState, now_ms: float) -> MoveReport:
         plan=state.plan if state.step is SourceStep.ENDED else None,
         queued_seconds=state.queued_s,
         savings=savings.of_disks(state.plan, state.disks_sent),
+        memory_zero_bytes=state.memory_zero_bytes,
         pages=_pages(state, now_ms),
     )
 
@@ -373,28 +367,3 @@ def with_progress(state: SourceState, now_ms: float) -> SourceState:
     before_ms = state.progress_ms if state.progress_ms is not None else state.marks[0].at_ms if state.marks else now_ms
     now = progress.progress(standing_of(state, now_ms), state.progress, max(0.0, now_ms - before_ms) / 1000)
     return update(state, progress=now, progress_ms=now_ms)
-
-
-class Marked(Protocol):
-    """What has phases."""
-
-    @property
-    def marks(self) -> tuple[PhaseMark, ...]:
-        """When each phase began."""
-        ...
-
-    @property
-    def ended_ms(self) -> float | None:
-        """When the last one ended."""
-        ...
-
-
-def phase_times(state: Marked, now_ms: float) -> tuple[PhaseTime, ...]:
-    """Return how long each phase took, the running one up to now."""
-    if not state.marks:
-        return ()
-    ends = [mark.at_ms for mark in state.marks[1:]] + [state.ended_ms if state.ended_ms is not None else now_ms]
-    return tuple(
-        PhaseTime(phase=mark.phase, seconds=max(0.0, end - mark.at_ms) / 1000)
-        for mark, end in zip(state.marks, ends, strict=True)
-    )

@@ -5,7 +5,7 @@ import enum
 import msgspec
 
 from kvmhv.core import progress
-from kvmhv.core.source_state import PhaseMark, phase_times
+from kvmhv.core.phases import PhaseMark, phase_times
 from kvmhv.model import (
     Asked,
     Disk,

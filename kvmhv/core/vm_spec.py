@@ -137,6 +137,7 @@ def build(
         ),
         nics=_nics(spec, vm_id, facts),
         kernel=kernel,
+        free_page_reporting=spec.free_page_reporting,
     )
 
 

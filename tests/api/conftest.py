@@ -136,6 +136,10 @@ class Vms:
         self.calls.append(("probe", name, text))
         return (await self.show(name)).vm
 
+    async def set_free_page_reporting(self, name: str, on: bool) -> Vm:
+        self.calls.append(("free_page_reporting", name, on))
+        return (await self.show(name)).vm
+
     def running_since(self) -> dict[str, float]:
         return {"id-1": 1000.0}
 

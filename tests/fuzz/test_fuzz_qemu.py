@@ -72,6 +72,7 @@ ANSWERS: dict[str, Any] = {
     "query-machines": [{"name": "pc-q35-7.2", "alias": "q35", "cpu-max": 255}],
     "query-cpu-definitions": [{"name": "qemu64", "unavailable-features": [], "deprecated": False}],
     "query-migrate-parameters": {"max-bandwidth": 1},
+    "device-list-properties": [{"name": "free-page-reporting"}],
     "query-cpu-model-expansion": {"model": {"name": "max", "props": {"sse4.2": True}}},
 }
 

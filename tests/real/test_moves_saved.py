@@ -1,11 +1,14 @@
 """What need not be sent is not sent, the report says so, and the disks are the same at the target."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.real.moving import MIB, Pair, Report, Side, until
+from tests.real.test_moves_performance import status
 
 pytestmark = pytest.mark.real
 
@@ -171,3 +174,72 @@ def read_bases(side: Side) -> list[dict[str, Any]]:
         f'print("[" + ",".join(bytes(row[0]).decode() for row in db.execute("{query}")) + "]")'
     )
     return list(json.loads(side.host.exec(["python3", "-c", script]).stdout))
+
+
+# --- memory that the guest has freed
+
+FILL = "mkdir /t; mount -t tmpfs t /t; dd if=/dev/urandom of=/t/f bs=1M count=80; rm /t/f; echo FRE''ED"
+TELL = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as console:
+    console.settimeout(60)
+    console.connect(sys.argv[1])
+    console.sendall(sys.argv[2].encode() + b"\\n")
+    said = b""
+    while b"FREED" not in said:
+        some = console.recv(4096)
+        assert some, said
+        said += some
+"""
+"""Types a line at a guest's console, and reads all that it says until it has done it."""
+FREED_BYTES = 80 * MIB
+MUCH_BYTES = FREED_BYTES // 2
+"""Blocks that are smaller than the guest reports stay with it, and what it dirties meanwhile differs."""
+SET_BYTES = 16 * MIB
+
+
+def fill_and_free(side: Side, vm: str) -> int:
+    """Let a guest write to 80 MiB of its memory and free them; returns the id of its process."""
+    shown = side.show(vm)
+    log = side.file(str(Path(shown["console"]).with_name("console.log")))
+    until(f"{vm} has a shell", lambda: "~ #" in log.read_text(errors="replace"))
+    side.host.exec(["python3", "-c", TELL, shown["console"], FILL])
+    return int(shown["pid"])
+
+
+def resident_bytes(side: Side, pid: int) -> int:
+    """Return the memory of the host that a QEMU has."""
+    status = side.file(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+def test_memory_that_the_guest_has_freed_is_not_sent_and_the_rest_of_it_is_as_it_was(pair: Pair) -> None:
+    """Its twin, the same but for the reporting, sends all of it."""
+    pair.a.sh("mkdir -p /srv")
+    for file in (pair.images.vmlinuz, pair.images.initrd):
+        pair.a.file(f"/srv/{file.name}").write_bytes(file.read_bytes())
+    pair.a.kvmhv("image", "import", "linux", "--kernel", "/srv/vmlinuz", "--initrd", "/srv/initrd")
+    network = pair.lab.host("client").plan.addresses["lan"].rsplit(".", 1)[0]
+    for vm, last, reports in (("twin", 53, "--no-free-page-reporting"), ("web01", 54, "--free-page-reporting")):
+        work = f"kvmhv.ip={network}.{last}/24 kvmhv.dirty=16M kvmhv.dirty_set=16M"
+        append = f"{pair.images.cmdline} {work}"
+        pair.create("--image", "linux", "--append", append, "--switch", "lan", reports, vm=vm, memory="192M")
+    with ThreadPoolExecutor() as both:
+        twin_pid, pid = both.map(lambda vm: fill_and_free(pair.a, vm), ("twin", "web01"))
+    most = resident_bytes(pair.a, twin_pid)
+    until("the host has it back", lambda: resident_bytes(pair.a, pid) < most - FREED_BYTES * 3 // 4)
+
+    twin = pair.a.move(pair.b, vm="twin").json
+    assert twin["outcome"] == "done", twin
+    for source, target in ((pair.a, pair.b), (pair.b, pair.a)):
+        report = pair.moved(source, target)
+        assert report["memory_bytes"] < twin["memory_bytes"] - MUCH_BYTES, (report, twin)
+        assert report["memory_zero_bytes"] > twin["memory_zero_bytes"] + MUCH_BYTES, (report, twin)
+        assert report["wire_bytes"] < twin["wire_bytes"] - MUCH_BYTES, (report, twin)
+    before = status(pair, f"{network}.54")["dirtied_bytes"]
+
+    def verified() -> bool:
+        return bool(status(pair, f"{network}.54")["dirtied_bytes"] > before + 2 * SET_BYTES)
+
+    until("the guest has verified its working set", verified)
+    assert status(pair, f"{network}.54")["memory_errors"] == 0

@@ -34,6 +34,7 @@ QEMU = QemuInfo(
     cpu_models={"x86-64-v2": (), "qemu64": ()},
     capabilities=(*checks.NEEDED_CAPABILITIES, "multifd"),
     parameters=("max-bandwidth", "downtime-limit"),
+    free_page_reporting=True,
 )
 
 TIGHT = Timeouts(

@@ -81,10 +81,14 @@ class Vms(Protocol):
 
 
 class VmSettings(Protocol):
-    """What of a VM can be changed that its guest does not see."""
+    """What of a VM can be changed."""
 
     async def set_probe(self, name: str, text: str | None) -> Vm:
         """Set what the source asks the guest while it moves; None: nothing."""
+        ...
+
+    async def set_free_page_reporting(self, name: str, on: bool) -> Vm:
+        """Set whether a stopped VM's guest is to report what it frees."""
         ...
 
 

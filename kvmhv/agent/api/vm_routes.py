@@ -7,7 +7,7 @@ from typing import Annotated
 
 import msgspec
 from aiohttp import WSMsgType, web
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from kvmhv.agent.api.route import Call, Query, Route
 from kvmhv.agent.api.services import Services
@@ -33,9 +33,13 @@ class StopRequest(Struct, frozen=True, kw_only=True):
 
 
 class VmChanges(Struct, frozen=True, kw_only=True):
-    """`probe`: what the source asks the guest while it moves: `ping:IP`, `tcp:IP:PORT`, `http://IP/...`; null: none."""
+    """`probe`: what the source asks the guest while it moves: `ping:IP`, `tcp:IP:PORT`, `http://IP/...`; null: none.
 
-    probe: str | None
+    `free_page_reporting`: whether the guest reports what it frees; of a stopped VM. What is not there stays as it is.
+    """
+
+    probe: str | UnsetType | None = UNSET
+    free_page_reporting: bool | UnsetType = UNSET
 
 
 async def list_vms(api: Services, call: Call) -> tuple[VmSummary, ...]:
@@ -57,8 +61,12 @@ async def show(api: Services, call: Call) -> VmDetails:
 async def change(api: Services, call: Call) -> VmDetails:
     """Answer PATCH /v1/vms/{name}."""
     body: VmChanges = call.body
-    await api.vm_settings.set_probe(call.path("name"), body.probe)
-    return await api.vms.show(call.path("name"))
+    name = call.path("name")
+    if body.free_page_reporting is not UNSET:
+        await api.vm_settings.set_free_page_reporting(name, body.free_page_reporting)
+    if body.probe is not UNSET:
+        await api.vm_settings.set_probe(name, body.probe)
+    return await api.vms.show(name)
 
 
 async def remove(api: Services, call: Call) -> None:
@@ -151,7 +159,7 @@ VM_ROUTES = (
     Route(
         method="PATCH",
         path="/v1/vms/{name}",
-        doc="Change what the guest does not see of its VM.",
+        doc="Change a VM: what its guest sees, only while it is stopped.",
         handler=change,
         request=VmChanges,
         response=VmDetails,

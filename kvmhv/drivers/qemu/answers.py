@@ -50,6 +50,7 @@ class Ram(Answer, frozen=True, kw_only=True):
     page_size: Count = 4096
     mbps: Rate = 0.0
     dirty_sync_count: Count = 0
+    duplicate: Count = 0
     postcopy_bytes: Count = 0
     postcopy_requests: Count = 0
 
@@ -125,7 +126,7 @@ class BlockDevice(Answer, frozen=True, kw_only=True):
 
 
 class ObjectProperty(Answer, frozen=True, kw_only=True):
-    """One of qom-list."""
+    """One of qom-list and of device-list-properties."""
 
     name: str
 

@@ -68,7 +68,7 @@ def build(launch: Launch) -> list[str]:
         *_monitor_and_console(launch.directory),
         *_disks(launch),
         *_nics(launch),
-        ("-device", f"virtio-balloon-pci,id=balloon0,bus=pcie.0,addr={BALLOON_SLOT:#x}"),
+        ("-device", _balloon(vm)),
         ("-object", "rng-random,id=entropy0,filename=/dev/urandom"),
         ("-device", f"virtio-rng-pci,id=rng0,rng=entropy0,bus=pcie.0,addr={ENTROPY_SLOT:#x},romfile="),
         *_kernel(launch),
@@ -188,6 +188,11 @@ def _nics(launch: Launch) -> list[tuple[str, str]]:
             )
         )
     return pairs
+
+
+def _balloon(vm: Vm) -> str:
+    reporting = ",free-page-reporting=on" if vm.free_page_reporting else ""
+    return f"virtio-balloon-pci,id=balloon0,bus=pcie.0,addr={BALLOON_SLOT:#x}{reporting}"
 
 
 def _kernel(launch: Launch) -> list[tuple[str, str]]:

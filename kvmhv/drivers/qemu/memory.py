@@ -205,6 +205,7 @@ async def stats(qmp: Qmp, timeout_s: float) -> MemoryStats:
         dirty_bytes_per_s=float(ram.dirty_pages_rate * ram.page_size),
         throughput_bytes_per_s=ram.mbps * 1e6 / 8,
         dirty_sync_count=ram.dirty_sync_count,
+        zero_bytes=ram.duplicate * ram.page_size,
         throttle_percent=answer.cpu_throttle_percentage,
         pages_bytes=ram.postcopy_bytes,
         pages_requests=ram.postcopy_requests,

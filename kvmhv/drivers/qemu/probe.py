@@ -28,6 +28,8 @@ KVM_DEVICE = Path("/dev/kvm")
 COMPRESSIONS = ("zstd", "zlib")
 """QEMU's ways to compress memory, the best first."""
 POST_COPY = "postcopy-ram"
+BALLOON = "virtio-balloon-pci"
+FREE_PAGE_REPORTING = "free-page-reporting"
 USERFAULTFD = 323
 """The number of the system call."""
 DIES_S = 3.0
@@ -125,12 +127,13 @@ async def ask(config: Config, clock: Clock, binary: Path, accel: Accel) -> QemuI
 
 
 async def _questions(qmp: Qmp, binary: Path, accel: Accel) -> QemuInfo:
-    machines, cpus, capabilities, parameters, most = await qmp.together(
+    machines, cpus, capabilities, parameters, most, balloon = await qmp.together(
         ("query-machines", {}),
         ("query-cpu-definitions", {}),
         ("query-migrate-capabilities", {}),
         ("query-migrate-parameters", {}),
         ("query-cpu-model-expansion", {"type": "full", "model": {"name": "max"}}),
+        ("device-list-properties", {"typename": BALLOON}),
     )
     types = qmp.read(tuple[answers.MachineType, ...], machines, "query-machines")
     known = qmp.read(tuple[answers.CpuDefinition, ...], cpus, "query-cpu-definitions")
@@ -138,6 +141,7 @@ async def _questions(qmp: Qmp, binary: Path, accel: Accel) -> QemuInfo:
     largest = qmp.read(answers.Expansion, most, "query-cpu-model-expansion")
     models[DEFAULT_CPU] = missing_features(largest.model.props)
     able = qmp.read(tuple[answers.Capability, ...], capabilities, "query-migrate-capabilities")
+    of_balloon = qmp.read(tuple[answers.ObjectProperty, ...], balloon, "device-list-properties")
     compressions = [method for method in COMPRESSIONS if await _takes(qmp, method)]
     return QemuInfo(
         binary=str(binary),
@@ -149,6 +153,7 @@ async def _questions(qmp: Qmp, binary: Path, accel: Accel) -> QemuInfo:
         parameters=tuple(sorted(qmp.read(dict[str, object], parameters, "query-migrate-parameters"))),
         compressions=tuple(compressions),
         post_copy=any(entry.capability == POST_COPY for entry in able) and _faults_for_users(),
+        free_page_reporting=any(one.name == FREE_PAGE_REPORTING for one in of_balloon),
     )
 
 
