@@ -112,7 +112,7 @@ def domain_xml(hardware: Hardware) -> str:
       <rom enabled="no"/>
     </interface>
     <serial type="file"><source path="{DIRECTORY}/virsh.console"/></serial>
-    <memballoon model="virtio"/>
+    <memballoon model="virtio" freePageReporting="on"/>
     <rng model="virtio"><backend model="random">/dev/urandom</backend></rng>
   </devices>
 </domain>

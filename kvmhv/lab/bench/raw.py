@@ -149,7 +149,7 @@ class RawGuest:
             "-serial", f"file:{DIRECTORY}/raw.console", "-kernel", f"{DIRECTORY}/vmlinuz",
             "-initrd", f"{DIRECTORY}/initrd", "-append", hardware.append,
             "-netdev", f"tap,id=n0,ifname={hardware.tap},script=no,downscript=no", "-device", net,
-            "-device", "virtio-balloon-pci,bus=pcie.0,addr=0x1d",
+            "-device", "virtio-balloon-pci,free-page-reporting=on,bus=pcie.0,addr=0x1d",
             "-object", "rng-random,id=rng0,filename=/dev/urandom",
             "-device", "virtio-rng-pci,rng=rng0,bus=pcie.0,addr=0x1e,romfile=",
         ]  # fmt: skip
