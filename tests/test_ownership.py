@@ -70,7 +70,7 @@ def test_a_move_is_written_by_the_owner_and_seen_by_the_target() -> None:
     assert ownership.moving(ownership.claimed(OTHER, *A), VM, *A, target="host2") is None
     assert ownership.expects(MOVING, MOVED, "host1", "host2") is None
     wrong = (None, HELD, msgspec.structs.replace(MOVING, epoch=2), msgspec.structs.replace(MOVING, moving_to="host3"))
-    for found in (*wrong, msgspec.structs.replace(MOVING, vm_id="other")):
+    for found in (*wrong, *(msgspec.structs.replace(MOVING, **{one: "other"}) for one in ("vm_id", "host"))):
         assert ownership.expects(found, MOVED, "host1", "host2")
 
 

@@ -11,7 +11,7 @@ from kvmhv.core import checks_post_copy, facts, recover
 from kvmhv.core import effects as ef
 from kvmhv.core.source_state import SourceStep, report
 from kvmhv.core.target_state import Pages, TargetState, TargetStep
-from kvmhv.messages import PagesDone, PagesFrom, PagesHalted
+from kvmhv.messages import AnyMessage, PagesDone, PagesEnd, PagesFrom, PagesHalted
 from kvmhv.model import (
     MIB,
     ErrorBody,
@@ -24,6 +24,7 @@ from kvmhv.model import (
     QemuInfo,
     Severity,
 )
+from tests import test_target
 from tests.sim import examples
 from tests.test_events import REPORT
 from tests.test_move_html import DONE
@@ -158,6 +159,58 @@ def target_lacks_pages(step: TargetStep) -> TargetState:
     if step is TargetStep.STARTING:
         hold, _ = recover.handover.run_at_target(hold, state.vm.id, granted_epoch=1, loaded=True, newest=True)
     return msgspec.structs.replace(state, hold=hold, step=step, transferred=True, pages=Pages.MISSING)
+
+
+# --- the target, whose guest lacks pages
+
+
+def lacking(*, pages: Pages = Pages.MISSING) -> test_target.Driven:
+    """A target whose guest runs."""
+    driven = test_target.settling()
+    lost = ErrorBody(code="post-copy-lost", message="lost", todo="") if pages is Pages.LOST else None
+    driven.state = msgspec.structs.replace(driven.state, pages=pages, lost=lost)
+    return driven
+
+
+def alone() -> test_target.Driven:
+    """One that has told the operator that it cannot reach the source."""
+    driven = lacking().told(facts.Adopted(at_ms=1), facts.PeerLost(at_ms=2, error=test_target.ERROR))
+    assert driven.told(facts.TimerFired(at_ms=3, name="step")).kinds() == [ef.SetTimer, ef.NeedOperator]
+    assert driven.state.outcome is Outcome.NEEDS_OPERATOR
+    return driven
+
+
+def test_the_operator_is_told_once() -> None:
+    driven = alone()
+    assert driven.told(facts.TimerFired(at_ms=5, name="step")).kinds() == [ef.SetTimer]
+
+
+def test_the_last_page_ends_what_the_operator_was_told() -> None:
+    driven = alone().told(facts.MemorySent(at_ms=5))
+    assert (driven.state.pages, driven.state.outcome, driven.state.failure) == (Pages.THERE, Outcome.RUNNING, None)
+    assert driven.said() == [PagesDone(epoch=1)]
+    assert driven.told(facts.MemorySent(at_ms=6)).effects == []
+
+
+def test_a_guest_that_is_lost_is_told_as_that() -> None:
+    driven = alone().told(facts.QemuGone(at_ms=5, error=test_target.ERROR))
+    assert (driven.state.pages, driven.state.outcome, driven.state.failure) == (Pages.LOST, Outcome.RUNNING, None)
+    assert driven.state.lost is not None
+    assert driven.said() == [PagesDone(epoch=1, error=driven.state.lost)]
+
+
+@pytest.mark.parametrize("asked", [PagesHalted(epoch=1, attempt=1), PagesEnd(epoch=1)])
+def test_who_asks_for_pages_that_are_settled_hears_how(asked: AnyMessage) -> None:
+    assert lacking(pages=Pages.THERE).hears(asked).said() == [PagesDone(epoch=1)]
+    lost = lacking(pages=Pages.LOST).hears(asked)
+    assert lost.said() == [PagesDone(epoch=1, error=lost.state.lost)]
+    assert lacking().hears(asked).said() == []
+
+
+def test_a_connection_that_is_being_made_is_watched_on() -> None:
+    driven = serving().told(facts.PagesStopped(at_ms=50)).hears(PagesFrom(epoch=1, attempt=1, address=ADDRESS))
+    told = driven.told(facts.TimerFired(at_ms=60, name="idle")).effects
+    assert [one.name for one in told if isinstance(one, ef.SetTimer)] == ["idle"]
 
 
 # --- what people see

@@ -22,7 +22,7 @@ from kvmhv.messages import (
     Running,
     Unknown,
 )
-from kvmhv.model import DirectKernel, ErrorBody, IncomingAddress, MoveReport, Outcome, Refusal, Vm
+from kvmhv.model import DirectKernel, ErrorBody, IncomingAddress, MoveReport, Outcome, Phase, Refusal, Vm
 from tests.sim import examples
 
 S = SourceStep
@@ -455,3 +455,28 @@ def test_qemu_that_switches_over_unannounced_waits_for_the_disk() -> None:
     driven = at(S.MEMORY).told(facts.PreSwitchover(at_ms=20))
     assert driven.state.hold.announced
     assert driven.kinds()[0] is ef.Journal
+
+
+def test_a_guest_that_was_stopped_by_qemu_itself_does_not_run() -> None:
+    driven = at(S.MEMORY).told(facts.PreSwitchover(at_ms=30, stopped_ms=29))
+    assert (driven.state.step, driven.state.guest_runs) == (S.STOPPING, False)
+
+
+def test_a_refusal_after_an_undo_that_hangs_lets_the_guest_go_on_at_once() -> None:
+    driven = at(S.SWITCHING).told(facts.Failed(at_ms=50, effect="ContinueSwitchover", error=ERROR))
+    driven.told(facts.TimerFired(at_ms=60, name="step"))
+    assert ef.UndoSource in driven.kinds()
+    assert ef.Cont in driven.hears(Refused(epoch=1, error=ERROR)).kinds()
+
+
+def test_the_phases_follow_each_other() -> None:
+    shown = report(at(S.CLEANUP).state, 99.0)
+    assert [one.phase for one in shown.phases] == [one for one in Phase if one is not Phase.PAGES]
+    assert shown.phase is Phase.CLEANUP
+
+
+def test_the_first_frame_at_the_target_is_told_with_its_word() -> None:
+    driven = at(S.GRANTED).hears(Running(epoch=1, resumed_ms=45), Owned(epoch=1))
+    assert driven.state.first_frame_after_ms is None
+    assert driven.hears(Owned(epoch=1, first_frame_after_ms=7.0)).state.first_frame_after_ms == 7.0
+    assert driven.hears(Owned(epoch=1)).state.first_frame_after_ms == 7.0

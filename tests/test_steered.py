@@ -258,6 +258,8 @@ def test_a_silent_side_is_waited_for_and_named(silent: str) -> None:
     assert f"and {silent} cannot say" in errors[0].message
     play.again()
     play.answers(HERE, THERE)
+    assert play.state.failure is not None
+    assert play.state.failure.code != "whereabouts-unknown", "it is known now"
     play.hear(Refused(epoch=1, error=ERROR))
     assert play.ended() is Outcome.FAILED
 

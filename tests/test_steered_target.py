@@ -70,6 +70,17 @@ def test_the_sources_word_ends_it() -> None:
     assert target.ended() is Outcome.DONE
 
 
+def test_what_could_not_be_set_besides_is_a_warning() -> None:
+    target = Target().waiting()
+    report = msgspec.structs.replace(steered_target.report(target.state), outcome=Outcome.DONE)
+    early = facts.Failed(at_ms=1.0, effect="Look", error=ERROR)
+    assert target.put(early) == []
+    target.hear(Finished(epoch=1, report=report))
+    target.put(facts.Failed(at_ms=2.0, effect="Adopt", error=ERROR))
+    assert target.ended() is Outcome.DONE
+    assert target.state.warnings == (ERROR.message,)
+
+
 def test_what_is_taken_back_is_said_when_it_is_gone() -> None:
     target = Target().waiting()
     assert any(isinstance(one, UndoTarget) for one in target.hear(Abort(epoch=1, error=ERROR)))

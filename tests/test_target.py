@@ -7,7 +7,7 @@ from kvmhv.core import effects as ef
 from kvmhv.core import facts, target, target_undo
 from kvmhv.core.effects import Effect, Finish, Send
 from kvmhv.core.handover import TargetHold, TargetRight
-from kvmhv.core.target_state import TargetState, TargetStep
+from kvmhv.core.target_state import Pages, TargetState, TargetStep
 from kvmhv.messages import (
     Abort,
     AnyMessage,
@@ -23,7 +23,7 @@ from kvmhv.messages import (
     Running,
     Unknown,
 )
-from kvmhv.model import DirectKernel, ErrorBody, IncomingAddress, MoveReport, Outcome
+from kvmhv.model import DirectKernel, ErrorBody, IncomingAddress, MoveReport, Outcome, Phase
 from tests.sim import examples
 from tests.test_source import S, at
 
@@ -208,6 +208,16 @@ def test_a_refusal_is_not_said_while_its_qemu_cannot_be_ended() -> None:
     assert driven.final().outcome is Outcome.FAILED
 
 
+def test_a_qemu_that_cannot_be_ended_is_the_operators_after_some_tries() -> None:
+    driven = waiting().hears(Abort(epoch=1, error=ERROR))
+    hangs = facts.Failed(at_ms=1, effect="UndoTarget", error=ErrorBody(code="qemu-unkillable", message="", todo=""))
+    shown = []
+    for _ in range(target_undo.UNDO_TRIES):
+        shown.append(target.report(driven.told(hangs).state).outcome)
+        driven.told(facts.TimerFired(at_ms=1, name="step"))
+    assert shown == [*[Outcome.RUNNING] * (target_undo.UNDO_TRIES - 1), Outcome.NEEDS_OPERATOR]
+
+
 def test_what_else_cannot_be_removed_is_a_warning_in_the_end() -> None:
     driven = waiting().hears(Abort(epoch=1, error=ERROR))
     failed = facts.Failed(at_ms=1, effect="UndoTarget", error=ERROR)
@@ -254,6 +264,13 @@ def test_granted_but_never_loaded_is_refused_soon() -> None:
     driven = waiting().hears(MirrorsEnded(epoch=1, held=True), Grant(epoch=1, sent=False))
     assert any(isinstance(effect, ef.SetTimer) and effect.after_s < 10 for effect in driven.effects)
     assert driven.told(facts.TimerFired(at_ms=1, name="step")).state.hold.right is TargetRight.REFUSED
+
+
+def test_a_source_without_a_copy_is_not_believed_while_pages_are_missing() -> None:
+    """They were in its memory."""
+    driven = waiting().hears(MirrorsEnded(epoch=1, held=True)).told(facts.Unexported(at_ms=1))
+    driven.state = msgspec.structs.replace(driven.state, transferred=True, pages=Pages.MISSING)
+    assert driven.hears(Grant(epoch=1, sent=False)).state.hold.right is TargetRight.REFUSED
 
 
 @pytest.mark.parametrize("held", [True, False])
@@ -357,6 +374,20 @@ def test_every_step_can_be_shown(make: object) -> None:
     report = target.report(driven.state)
     assert (report.direction, report.id) == ("in", "move-1")
     assert 0 <= report.progress <= 1
+
+
+@pytest.mark.parametrize(
+    ("make", "phase"),
+    [
+        (Driven, Phase.SETUP),
+        (waiting, Phase.MEMORY),
+        (loaded, Phase.STATE),
+        (starting, Phase.STATE),
+        (settling, Phase.CLEANUP),
+    ],
+)
+def test_the_phase_is_what_it_can_see(make: object, phase: Phase) -> None:
+    assert target.report(make().state).phase is phase  # type: ignore[operator]
 
 
 def test_the_invariants_are_asserted() -> None:
