@@ -184,6 +184,7 @@ class StorageMoves:
 @dataclass
 class Moves:
     reports: list[MoveReport] = field(default_factory=list)
+    ended: list[MoveReport] = field(default_factory=list)
     callers: list[str] = field(default_factory=list)
     files: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
     has: set[str] = field(default_factory=set)
@@ -370,7 +371,7 @@ def compose(config: Config) -> Host:
         storage_moves=StorageMoves(moves),
         running_moves=lambda: tuple(moves.reports),
         queued_moves=Queue(),
-        recent_moves=lambda: (),
+        recent_moves=lambda: tuple(moves.ended),
         doctor=Doctor(),
     )
     listener = Listener(services)

@@ -11,6 +11,7 @@ import pytest
 from kvmhv.model import (
     DiskCopy,
     DiskFormat,
+    DiskSaving,
     ErrorBody,
     Estimate,
     Layer,
@@ -29,6 +30,18 @@ MIB = 1024**2
 ENTER, TAB = "\ue007", "\ue004"
 ESTIMATE = Estimate(
     seconds_low=8, seconds_likely=12.5, seconds_high=75, passes=10, switchover="pass-limit", blackout_ms=2400
+)
+
+SAVING = DiskSaving(
+    disk="disk0",
+    size_bytes=1024 * MIB,
+    sent_bytes=100 * MIB,
+    base_bytes=600 * MIB,
+    unallocated_bytes=300 * MIB,
+    zero_bytes=24 * MIB,
+)
+COUNTED_BY_NOBODY = DiskSaving(
+    disk="disk1", size_bytes=64 * MIB, sent_bytes=None, base_bytes=0, unallocated_bytes=0, zero_bytes=None
 )
 
 
@@ -72,6 +85,10 @@ async def test_the_page_in_a_browser(make_host: Any, move_report: Any, tmp_path:
     place = QueuePlace(place=1, until=1700000000.0, reason="host2 has 2 incoming moves and allows 2")
     waiting = msgspec.structs.replace(running, id="m3", vm="web03", phase=Phase.SETUP, passes=(), queue=place)
     host.services.queued_moves.waiting = (waiting,)
+    saved = (SAVING, COUNTED_BY_NOBODY)
+    ended = msgspec.structs.replace(running, id="m4", outcome=Outcome.DONE, ended_at=9.0, savings=saved)
+    there = msgspec.structs.replace(ended, direction="in", network_gap_ms=210.0, savings=())
+    host.moves.ended = [ended, there]
     await asyncio.to_thread(_look, f"https://{host.address}/", token, running, change, tmp_path)
 
 
@@ -85,8 +102,9 @@ def _look(url: str, token: str, running: Any, change: Any, tmp_path: Path) -> No
         assert (cookie["httpOnly"], cookie["sameSite"], cookie["secure"]) == (True, "Strict", True)
         assert window.run("return document.cookie") == ""
         assert window.wait("return document.getElementById('state').textContent") == "live"
-        _a_move(window, running, change)
+        _a_move(window, running, change, tmp_path)
         _read_aloud(window, running, change)
+        _saved(window)
         _keyboard(window)
         window.screenshot(tmp_path / "page.png")
         assert (tmp_path / "page.png").stat().st_size > 20_000
@@ -98,6 +116,11 @@ def _look(url: str, token: str, running: Any, change: Any, tmp_path: Path) -> No
     with browser("--blink-settings=preferredColorScheme=0") as dark:
         dark.open(url)
         assert dark.run("return getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 28)"
+        dark.size(1100, 1000)
+        _sign_in(dark, token)
+        dark.wait("return document.querySelectorAll('#saved tr').length === 2")
+        dark.run("document.getElementById('saved').scrollIntoView()")
+        dark.screenshot(tmp_path / "dark.png")
 
 
 def _sign_in(window: Browser, token: str) -> None:
@@ -109,7 +132,7 @@ def _sign_in(window: Browser, token: str) -> None:
     assert window.run("return document.getElementById('token').value") == ""
 
 
-def _a_move(window: Browser, running: Any, change: Any) -> None:
+def _a_move(window: Browser, running: Any, change: Any, tmp_path: Path) -> None:
     change(running)
     text = window.wait("return document.querySelector('.move')?.innerText")
     for word in ("web01", "host1 → host2", "memory, 25 %", "about 13 s", "50 MiB/s", "2400 ms", "the pass limit"):
@@ -117,6 +140,12 @@ def _a_move(window: Browser, running: Any, change: Any) -> None:
     later = msgspec.structs.replace(running, passes=(*running.passes, one_pass(2)), progress=0.5)
     change(later)
     window.wait("return document.querySelector('.move .f-pass').textContent === '3'")
+    assert window.run("return document.querySelector('.move .saved').hidden"), "no disk travels"
+    change(msgspec.structs.replace(later, savings=(SAVING, COUNTED_BY_NOBODY)))
+    text = window.wait("return document.querySelector('.move .saved').innerText")
+    why = "600 MiB: the target has the base, 300 MiB: never stored, 24 MiB: zeros"
+    assert text == f"disk0: 924 MiB of 1 GiB did not have to be sent ({why})"
+    window.screenshot(tmp_path / "saved.png")
     bar = "return document.querySelector('[role=progressbar]').getAttribute('aria-valuenow')"
     assert window.run(bar) == "50"
     before = window.run("return document.querySelector('.move path.left').getAttribute('d')")
@@ -196,6 +225,18 @@ def _read_aloud(window: Browser, running: Any, change: Any) -> None:
     for name in ("web01, host1 to host2", "db01, host1/default to host1/nfs", "Progress of web01", "Progress of db01"):
         assert names.count(name) == 1, names
     change()
+
+
+def _saved(window: Browser) -> None:
+    """What an ended move did not have to send: its source knows it, its network gap is known by its target."""
+    rows = "return [...document.querySelectorAll('#last tr')]"
+    cells = rows + ".map((one) => [...one.children].map((cell) => cell.textContent))"
+    (last,) = window.run(cells)
+    assert (last[5], last[8]) == ("210 ms", "924 MiB"), last
+    whole, unknown = window.run(cells.replace("#last", "#saved"))
+    assert whole[1:5] == ["disk0", "1 GiB", "100 MiB", "924 MiB"]
+    assert whole[5] == "600 MiB: the target has the base, 300 MiB: never stored, 24 MiB: zeros"
+    assert unknown[1:6] == ["disk1", "64 MiB", "-", "0 B", "-"]
 
 
 def _keyboard(window: Browser) -> None:

@@ -52,6 +52,22 @@ function tell(text) {
   while ($("told").children.length > 5) $("told").firstChild.remove();
 }
 
+// --- what did not have to be sent
+
+// A line for each thing that travels: its size, what was sent of it, and why the rest was not.
+function savings(move) {
+  return (move.savings ?? []).map((one) => saving(one.disk, one.size_bytes, one.sent_bytes, {
+    "the target has the base": one.base_bytes, "never stored": one.unallocated_bytes, "zeros": one.zero_bytes }));
+}
+
+function saving(of, size_bytes, sent_bytes, reasons) {
+  const known = Object.entries(reasons).filter(([, bytes]) => bytes);
+  return { of, size_bytes, sent_bytes, not_bytes: known.reduce((sum, [, bytes]) => sum + bytes, 0),
+    why: known.map(([why, bytes]) => `${size(bytes)}: ${why}`).join(", ") };
+}
+
+const notSent = (lines) => lines.length ? size(lines.reduce((sum, one) => sum + one.not_bytes, 0)) : "-";
+
 // --- running moves
 
 const DISKS = [["left", "Time left"], ["remain", "Remaining"], ["rate", "Sent"]];
@@ -75,7 +91,7 @@ function newMove(move) {
       make("span", { class: "phase" })),
     make("div", { class: "bar", role: "progressbar", "aria-valuemin": "0", "aria-valuemax": "100", "aria-label": `Progress of ${move.vm}` },
       make("div")),
-    figures, make("p", { class: "expectation" }));
+    figures, make("p", { class: "expectation" }), make("ul", { class: "saved", "aria-label": `What of ${move.vm} is not sent` }));
   card.append(svg);
   card.dataset.vm = move.vm;
   card.dataset.alone = move.mode === "storage" ? "yes" : "";
@@ -117,6 +133,12 @@ function changeMove(card, move) {
   put(card, ".expectation", lacks && !move.reason ? lacks : move.reason ? `${move.reason}.${todo}` : (seen && !alone
     ? `${low}; ${limit ? "the guest dirties too fast: the pass limit" : "the threshold"} will end the passes after pass ${seen.passes}`
     : low));
+  const lines = savings(move).filter((one) => one.not_bytes);
+  card.querySelector(".saved").hidden = lines.length === 0;
+  keep(card.querySelector(".saved"), lines, (one) => one.of, () => make("li"), (item, one) => {
+    const text = `${one.of}: ${size(one.not_bytes)} of ${size(one.size_bytes)} did not have to be sent (${one.why})`;
+    if (item.textContent !== text) item.textContent = text;
+  });
   const svg = card.querySelector("svg");
   svg.classList.toggle("empty", stands || history.samples.length < 2);
   if (history.samples.length > 1) draw(svg, history, move.vm, alone);
@@ -188,25 +210,33 @@ function show(page) {
   keep($("vms"), vms, (vm) => `${vm.host}/${vm.id}`, row(5, [3, 4]), (line, vm) =>
     cells(line, [vm.name, [vm.state, vm.state], vm.host, size(vm.memory_bytes), String(vm.cpus)]));
   const last = once(views.flatMap((view) => view.last)).sort((a, b) => b.started_at - a.started_at).slice(0, 20);
-  keep($("last"), last, (move) => move.id, row(10, [4, 5, 6, 7, 8]), (line, move) => {
+  keep($("last"), last, (move) => move.id, row(11, [4, 5, 6, 7, 8, 9]), (line, move) => {
     if (!line.dataset.told) { line.dataset.told = "yes"; if (shownBefore) tell(`${move.vm}: move ${move.outcome}`); }
     cells(line, [move.vm, ...ends(move), [move.outcome, move.outcome], milliseconds(move.blackout_ms),
-      milliseconds(move.network_gap_ms), milliseconds(move.answer_gap_ms), String(move.passes.length),
+      milliseconds(move.network_gap_ms), milliseconds(move.answer_gap_ms), String(move.passes.length), notSent(savings(move)),
       seconds(move.ended_at === null ? null : move.ended_at - move.started_at), new Date(move.started_at * 1000).toLocaleString()]);
   });
+  const saved = last.flatMap((move) => savings(move).map((one) => ({ ...one, move })));
+  $("saved-part").hidden = saved.length === 0;
+  keep($("saved"), saved, (one) => `${one.move.id}/${one.of}`, row(7, [2, 3, 4]), (line, one) =>
+    cells(line, [one.move.vm, one.of, size(one.size_bytes), one.sent_bytes === null ? "-" : size(one.sent_bytes),
+      size(one.not_bytes), one.why || "-", new Date(one.move.started_at * 1000).toLocaleString()]));
   shownBefore = true;
 }
 
 let shownBefore = false;
 
-// A move is seen by both hosts. The source knows more while it runs; after it the one that knows the network gap.
+// A move is seen by both hosts. The source knows more while it runs; after it the one that knows the network gap. The
+// source alone knows what did not have to be sent, and the guest's first answer.
 function once(moves) {
   const found = new Map();
   for (const move of moves) {
     const known = found.get(move.id);
     const better = !known || (move.ended_at === null ? move.direction === "out" : known.network_gap_ms === null);
-    if (better) found.set(move.id, { ...move, answer_gap_ms: move.answer_gap_ms ?? known?.answer_gap_ms });
-    else known.answer_gap_ms ??= move.answer_gap_ms;
+    const [one, other] = better ? [{ ...move }, known] : [known, move];
+    one.answer_gap_ms ??= other?.answer_gap_ms;
+    if (!one.savings?.length) one.savings = other?.savings;
+    found.set(move.id, one);
   }
   return [...found.values()];
 }
