@@ -753,6 +753,16 @@ class BlackoutStep(Struct, frozen=True, kw_only=True):
     at_ms: float
 
 
+class EffectTime(Struct, frozen=True, kw_only=True):
+    """Something that a side of a move did or waited for, by that host's clock; several may be under way at once."""
+
+    effect: str
+    """The effect's name, e.g. `Prepare`; `connect`; or the message that was waited for, e.g. `await Ready`."""
+    at_ms: float
+    """When it began, from the beginning of the move on this host."""
+    took_ms: float
+
+
 class QueuePlace(Struct, frozen=True, kw_only=True):
     """A move that waits for a slot: where in the source's queue it stands, and what it waits for."""
 
@@ -825,6 +835,8 @@ class MoveReport(Struct, frozen=True, kw_only=True):
     """How fast the guest dirties memory, by the last complete pass."""
     blackout_steps: tuple[BlackoutStep, ...] = ()
     """The blackout in detail, in the order in which it happened."""
+    effects: tuple[EffectTime, ...] = ()
+    """Where the time went on this host, by what was done, in the order of their ends; the newest agent's alone."""
     blackout_limit_ms: int = 0
     """How long it may last; 0: no limit."""
     throttle_percent: int = 0

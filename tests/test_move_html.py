@@ -14,6 +14,7 @@ from kvmhv.model import (
     BlackoutStep,
     DiskCopy,
     DiskFormat,
+    EffectTime,
     ErrorBody,
     Finding,
     HostVersions,
@@ -135,6 +136,18 @@ def test_a_storage_move_is_told_as_what_it_is() -> None:
         assert word in text, text
     for word in ("Blackout", "Network gap", "Passes", "Memory sent", "brownout", "Live migration"):
         assert word not in text, word
+
+
+def test_the_page_says_what_a_host_did_and_for_how_long() -> None:
+    times = (
+        EffectTime(effect="await Ready", at_ms=36.1, took_ms=222.4),
+        EffectTime(effect="Prepare", at_ms=12.0, took_ms=113.3),
+    )
+    text = read(move_html.page(msgspec.structs.replace(DONE, effects=times, direction="in"))).text
+    for word in ("What host2 did and waited for", "await Ready", "222.4 ms", "QEMU's start"):
+        assert word in text, text
+    assert text.index("Prepare") < text.index("await Ready"), "in the order in which they began"
+    assert "Effects" not in read(move_html.page(DONE)).text
 
 
 def test_a_move_that_waited_in_vain_says_how_long() -> None:

@@ -90,3 +90,4 @@ async def test_a_full_disk_holds_the_move_up_until_there_is_room(monkeypatch: py
     ] * 2
     assert (ended.outcome, one.report().outcome) == (Outcome.DONE, Outcome.DONE)
     assert ends == [(10, ended)]  # in the moment in which it is kept
+    assert [one.effect for one in ended.effects] == ["Journal", "Cont"]

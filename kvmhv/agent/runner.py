@@ -13,6 +13,7 @@ from typing import Protocol
 import msgspec
 import structlog
 
+from kvmhv.agent.effect_times import EffectTimes
 from kvmhv.agent.link import Link
 from kvmhv.core import facts
 from kvmhv.core.effects import (
@@ -36,6 +37,7 @@ from kvmhv.messages import AnyMessage
 from kvmhv.model import ErrorBody, MoveReport, Outcome
 from kvmhv.ports import Clock, QemuEvent
 from kvmhv.ports import Journal as JournalPort
+from kvmhv.wire.session import SOURCE
 
 log = structlog.get_logger(__name__)
 
@@ -97,6 +99,7 @@ class Runner:
         self.on_step: Callable[[State], None] = lambda state: None
         """Told after each step, when its effects are under way."""
         self._clock = clock
+        self._times = EffectTimes(clock.monotonic_ms)
         self._journal = journal
         self._cont_s = cont_s
         self._facts: asyncio.Queue[facts.Fact] = asyncio.Queue(queue_limit)
@@ -133,6 +136,7 @@ class Runner:
 
     def connected(self) -> None:
         """Note that a connection stands."""
+        self._times.connected()
         self.put(facts.PeerConnected(at_ms=self._clock.monotonic_ms()))
 
     def lost(self, error: KvmhvError) -> None:
@@ -141,6 +145,7 @@ class Runner:
 
     def heard(self, message: AnyMessage) -> None:
         """Note what the other agent said."""
+        self._times.heard(type(message).__name__)
         self.put(facts.Received(at_ms=self._clock.monotonic_ms(), message=message))
 
     # --- the loop
@@ -148,6 +153,8 @@ class Runner:
     async def run(self, first: list[Effect]) -> MoveReport:
         """Perform `first` (what recovery asked for), then handle facts until the move has ended; returns its report."""
         listener = asyncio.create_task(self._listen())
+        if self.link is not None and self.machine.role == SOURCE:
+            self._times.connecting()
         try:
             await self._perform_all(first)
             while self.final is None:
@@ -173,11 +180,14 @@ class Runner:
 
     def report(self) -> MoveReport:
         """Return the move as it stands now."""
-        report = self.final or self.machine.report(self.state, self._clock.monotonic_ms())
+        report = self.final or self._timed(self.machine.report(self.state, self._clock.monotonic_ms()))
         if self._not_kept is None:
             return report
         error = self._not_kept
         return msgspec.structs.replace(report, outcome=Outcome.NEEDS_OPERATOR, reason=error.message, error=error)
+
+    def _timed(self, report: MoveReport) -> MoveReport:
+        return msgspec.structs.replace(report, effects=self._times.ended)
 
     async def changes(self) -> AsyncIterator[MoveReport]:
         """Yield the report now and after each change, the last one when the move has ended."""
@@ -200,10 +210,12 @@ class Runner:
             case Journal(durable=durable):
                 state = msgspec.msgpack.encode(self.state)
                 write = self._journal.write
-                await self._kept(lambda: write(self.state.move_id, self.machine.role, state, durable=durable))
+                with self._times.of("Journal") if durable else contextlib.nullcontext():
+                    await self._kept(lambda: write(self.state.move_id, self.machine.role, state, durable=durable))
             case Send(message=message):
                 if self.link is not None:
                     self.link.send(message)
+                    self._times.said(type(message).__name__)
             case SetTimer(name=name, after_s=after_s):
                 self._clear_timer(name)
                 self._timers[name] = asyncio.get_running_loop().call_later(after_s, self._fire, name)
@@ -224,7 +236,8 @@ class Runner:
         if isinstance(effect, TAKES_BACK):
             await self._end_work()
         try:
-            fact = await self.machine.performer(effect)()
+            with self._times.of(name):
+                fact = await self.machine.performer(effect)()
         except KvmhvError as error:
             self._log.warning("effect failed", effect=name, error=str(error))
             fact = facts.Failed(at_ms=self._clock.monotonic_ms(), effect=name, error=error.body())
@@ -246,7 +259,7 @@ class Runner:
         pending = [task for task in self._tasks if task.get_name() == "Cont"]
         if pending:
             await asyncio.wait(pending, timeout=self._cont_s)
-        report = msgspec.structs.replace(report, ended_at=self._clock.wall_s())
+        report = msgspec.structs.replace(self._timed(report), ended_at=self._clock.wall_s())
         await self._kept(lambda: self._journal.end(self.state.move_id, self.machine.role, msgspec.json.encode(report)))
         self.final = report
         self.on_end()

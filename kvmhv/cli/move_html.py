@@ -47,6 +47,27 @@ STEPS = {
     "first-answer": "the guest answers its probe",
 }
 
+EFFECTS = {
+    "connect": "the other agent is found, and is the one that it says",
+    "await Answer": "the other host says what it has: the check",
+    "await Ready": "the target accepts the offer and prepares for it",
+    "await Running": "from the grant to the target's word that the guest runs",
+    "await Owned": "the target makes the VM its own",
+    "SendFiles": "the VM's kernel files go over",
+    "Prepare": "taps, images, QEMU's start and its settings",
+    "MirrorDisks": "the disks are copied, then mirrored",
+    "SendMemory": "from QEMU's settings and connection to the guest's stop",
+    "StopGuest": "QEMU is told to stop the guest",
+    "FinishMirrors": "the disks' mirrors are ended",
+    "ContinueSwitchover": "QEMU is told to send the device state",
+    "Unexport": "the target's images are closed to the source",
+    "Cont": "QEMU lets the guest run",
+    "Adopt": "the VM's record is written",
+    "EndCopy": "the source's QEMU is ended",
+    "RemoveCopy": "the source's files and record are removed",
+    "Journal": "an entry is on disk",
+}
+
 
 def page(report: MoveReport) -> str:
     """Return the whole page."""
@@ -56,6 +77,7 @@ def page(report: MoveReport) -> str:
         *_phases(report),
         *_passes(report),
         *_blackout(report),
+        *_effects(report),
         *_disks(report.disks),
         *_savings(report.savings),
         *_findings(report.findings, report.warnings),
@@ -200,6 +222,25 @@ def _blackout(report: MoveReport) -> Iterable[str]:
     )
     plot = move_plots.blackout(report.blackout_steps, STEPS)
     yield _section("Blackout", text + plot + _table("Steps of the blackout", ("Step", "Host", "#At", "#Took"), rows))
+
+
+def _effects(report: MoveReport) -> Iterable[str]:
+    rows = [
+        (
+            f"<code>{_text(one.effect)}</code>",
+            f"{one.at_ms:.1f} ms",
+            f"{one.took_ms:.1f} ms",
+            EFFECTS.get(one.effect, ""),
+        )
+        for one in sorted(report.effects, key=lambda one: one.at_ms)
+    ]
+    if rows:
+        host = report.target if report.direction == "in" else report.source
+        text = (
+            f"<p>What {_text(host)} did and waited for, from the beginning of the move there. Several may be under way "
+            "at once, so the times do not add up to that of the move.</p>"
+        )
+        yield _section("Effects", text + _table("Effects", ("Effect", "#At", "#Took", "What"), rows))
 
 
 def _disks(copies: Sequence[DiskCopy]) -> Iterable[str]:

@@ -44,4 +44,6 @@ class Page(Struct, frozen=True, kw_only=True):
 
 def slim(report: MoveReport) -> MoveReport:
     """Return a report without what the page does not show: it is sent when it changes, twice a second at most."""
-    return msgspec.structs.replace(report, plan=None, request=None, findings=(), versions=(), queued_seconds=None)
+    return msgspec.structs.replace(
+        report, plan=None, request=None, findings=(), effects=(), versions=(), queued_seconds=None
+    )
