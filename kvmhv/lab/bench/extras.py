@@ -22,5 +22,5 @@ class Extra:
 EXTRAS = {
     "scale": Extra(scale.measure, 150.0),
     "crowd": Extra(crowd.measure, 210.0),
-    "blackout-limit": Extra(limited.measure, 210.0),
+    "blackout-limit": Extra(limited.measure, 560.0),
 }

@@ -3,9 +3,10 @@
 from html import escape
 from typing import Any
 
+from kvmhv.lab.bench import effects
 from kvmhv.lab.bench.figures import spread
 from kvmhv.lab.bench.page_style import STYLE
-from kvmhv.lab.bench.plots import breakdown, plot, shown
+from kvmhv.lab.bench.plots import breakdown, by_effect, limited_moves, plot, shown
 
 MIB = 1 / 1048576
 METRICS = {
@@ -68,6 +69,7 @@ def page(result: dict[str, Any]) -> str:
         "<h2>How to read this</h2>",
         READING,
         *(_case(case) for case in result["cases"]),
+        limited_moves(result["extras"].get("blackout-limit", [])),
         "</main>",
     ]
     return "\n".join(parts) + "\n"
@@ -136,7 +138,8 @@ def _missed(result: dict[str, Any]) -> str:
     """Return what was missed, by how much, and where the time goes in both ways."""
     cases = {case["name"]: case for case in result["cases"]}
     every = (*result["comparisons"], *result["own_comparisons"])
-    parts = [_missed_ratio(one, cases[one["name"]]) for one in every if one["met"] is False]
+    start_s = result["cli_start_s"]
+    parts = [_missed_ratio(one, cases[one["name"]], start_s) for one in every if one["met"] is False]
     for one in result["limits"]:
         if not one["met"]:
             over = one["value"] - one["limit"]
@@ -147,7 +150,7 @@ def _missed(result: dict[str, Any]) -> str:
     return "<h2>What is missed, and where the time goes</h2>" + "".join(parts) if parts else ""
 
 
-def _missed_ratio(one: dict[str, Any], case: dict[str, Any]) -> str:
+def _missed_ratio(one: dict[str, Any], case: dict[str, Any], cli_start_s: float) -> str:
     metric = one["metric"]
     title, unit, factor = METRICS[metric]
     told, tables = [], []
@@ -156,10 +159,28 @@ def _missed_ratio(one: dict[str, Any], case: dict[str, Any]) -> str:
         middle = spread([move[metric] * factor for move in moves])["median"]
         told.append(f"{escape(case['ways'][way])} {shown(middle)} {unit}")
         tables.append(breakdown(moves, case["ways"][way]))
+    effects_of_both = _by_effect(one, case, cli_start_s)
     return (
         f"<div class=missed><p><b>{escape(one['name'])}, {escape(title)}</b>: ratio {one['ratio_median']:.2f}, missed "
-        f"by {_missed_by(one)}. Medians: {'; '.join(told)}.</p>{''.join(tables)}</div>"
+        f"by {_missed_by(one)}. Medians: {'; '.join(told)}.</p>{effects_of_both}{''.join(tables)}</div>"
     )
+
+
+def _by_effect(one: dict[str, Any], case: dict[str, Any], cli_start_s: float) -> str:
+    """Return what the two moves of the middle round did with their time; nothing for other figures."""
+    way, other = one["compared"]
+    pair = effects.middle_round(case["moves"], way, other, one["metric"])
+    if pair is None or "effects" not in pair[0]:
+        return ""
+    mine, its = pair
+    ways = case["ways"][way], case["ways"][other]
+    if one["metric"] == "wall_s":
+        theirs = effects.of_command(its, cli_start_s) if "effects" in its else effects.of_other(its)
+        return by_effect(effects.of_command(mine, cli_start_s), theirs, ways, mine["round"] + 1)
+    if one["metric"] == "blackout_ms":
+        theirs = effects.of_blackout(its) if "effects" in its else {}
+        return by_effect(effects.of_blackout(mine), theirs, ways, mine["round"] + 1)
+    return ""
 
 
 def _case(case: dict[str, Any]) -> str:

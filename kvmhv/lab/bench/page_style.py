@@ -22,6 +22,8 @@ td,th{padding:.25em .8em .25em 0;text-align:left;vertical-align:top;border-botto
 .missed{border-left:4px solid var(--bad);background:var(--bad-bg);padding:8px 14px;margin:0 0 12px;
 border-radius:0 6px 6px 0}
 .missed p{margin:0 0 6px}
+.effects .track{width:160px}
+.effects th.n{max-width:190px;white-space:normal}
 .plot{display:grid;grid-template-columns:minmax(180px,330px) 1fr 76px;gap:4px 12px;align-items:center}
 .way{text-align:right;font-size:13px}
 .track{position:relative;height:16px;margin:0 4px}

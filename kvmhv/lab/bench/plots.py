@@ -3,10 +3,13 @@
 from html import escape
 from typing import Any
 
+from kvmhv.lab.bench.effects import REST
 from kvmhv.lab.bench.figures import Measured, spread
 
 PHASES = ("setup", "storage", "memory", "state", "cleanup")
 AROUND = "command around it"
+SEEN_MS = 0.05
+"""Less is not worth a line."""
 
 
 def shown(value: float) -> str:
@@ -64,6 +67,56 @@ def breakdown(moves: list[Measured], label: str) -> str:
         f"<p><small>{escape(label)}, medians:</small></p>"
         f"<div class=wide><table><tr>{head}<tr>{row}</table></div>{blackout}"
     )
+
+
+def by_effect(mine: dict[str, float], theirs: dict[str, float], ways: tuple[str, str], number: int) -> str:
+    """Return the parts of two moves, in ms, beside each other: kvmhv's in their order, the other's, the rest.
+
+    The difference is told where both are known by the same parts.
+    """
+    most = max([*mine.values(), 1.0])
+    alike = len(mine.keys() & theirs.keys() - {REST}) > 1
+    rows = []
+    for part in sorted(dict.fromkeys([*mine, *theirs]), key=lambda part: part == REST):
+        if max(abs(parts.get(part, 0.0)) for parts in (mine, theirs)) < SEEN_MS:
+            continue
+        cells = [_ms(parts.get(part)) for parts in (mine, theirs)]
+        more = _ms(mine.get(part, 0.0) - theirs.get(part, 0.0), sign="+") if alike else ""
+        bar = f'<div class="track kvmhv"><b style="width:{max(0.0, mine.get(part, 0.0)) / most:.2%}"></b></div>'
+        rows.append(f"<tr><td>{escape(part)}<td class=n>{cells[0]}<td class=n>{cells[1]}<td class=n>{more}<td>{bar}")
+    whole, other = sum(mine.values()), sum(theirs.values()) if theirs else None
+    more = "" if other is None else _ms(whole - other, sign="+")
+    rows.append(f"<tr><th>all of it<th class=n>{_ms(whole)}<th class=n>{_ms(other)}<th class=n>{more}<th>")
+    head = "".join(f"<th class=n>{escape(way)}, ms" for way in ways)
+    return (
+        f"<p>By effect, the round with the middle ratio (round {number}):</p><div class=wide><table class=effects>"
+        f"<tr><th>what{head}<th class=n>more, ms<th>{''.join(rows)}</table></div>"
+    )
+
+
+def limited_moves(moves: list[dict[str, Any]]) -> str:
+    """Return the moves with a limit to the blackout, each with what it said and what became of it."""
+    rows = []
+    for number, one in enumerate(moves, 1):
+        report = one["report"]
+        code = (report["error"] or {}).get("code") or report["outcome"]
+        switchover = report["switchover"] or {}
+        slowed = f"{report['throttle_percent']} %" if report["throttle_percent"] else ""
+        ended = "moved" if report["outcome"] == "done" else code
+        rows.append(
+            f"<tr><td class=n>{number}<td class=n>{one['dirty_mib_per_s']} MiB/s<td>{escape(one['rate'])}"
+            f"<td>{escape(one['on_overrun'])}<td>{escape(ended)}<td class=n>{slowed}"
+            f"<td class=n>{_ms(switchover.get('predicted_ms'))}<td class=n>{_ms(report['blackout_ms'])}"
+            f"<td class=n>{_ms(one['seen_ms'])}"
+        )
+    head = "<tr><th>move<th>dirtied<th>link<th>if too long<th>ended<th>slowed by<th>expected, ms<th>blackout, ms"
+    title = "<h2>Moves with a limit to the blackout</h2>"
+    table = f"{head}<th>longest gap in the guest's heartbeats, ms{''.join(rows)}"
+    return f"{title}<div class=wide><table>{table}</table></div>" if rows else ""
+
+
+def _ms(value: float | None, sign: str = "") -> str:
+    return "" if value is None else f"{value:{sign}.0f}"
 
 
 def _median(values: list[Any]) -> float:

@@ -34,6 +34,9 @@ class KvmhvMove:
     wall_s: float
     cpu_s: float
     qemu_s: float
+    before_s: float
+    """From the command to the move's beginning, by the wall clock that both share."""
+    after_s: float
     report: dict[str, Any]
 
 
@@ -63,7 +66,7 @@ class KvmhvGuest:
         """Move the guest to `target` by one command, which must succeed."""
         storage = ("--include-storage",) if self.hardware.disk else ()
         argv = self._argv(self.host, "vm", "move", NAME, "--to", target.name, *storage, *options, "--json")
-        started_s, cpu_s = time.monotonic(), children_cpu_s()
+        asked_at, started_s, cpu_s = time.time(), time.monotonic(), children_cpu_s()
         done = subprocess.run(
             argv, env=self._environment(), capture_output=True, text=True, timeout=MOVE_S, check=False
         )
@@ -75,7 +78,13 @@ class KvmhvGuest:
         times = {one["phase"]: one["seconds"] for one in report["phases"]}
         qemu_s = times.get("storage", 0.0) + times.get("memory", 0.0) + times.get("state", 0.0)
         self.host = target
-        return KvmhvMove(wall_s, cpu_s, qemu_s, report)
+        before_s, after_s = report["started_at"] - asked_at, asked_at + wall_s - report["ended_at"]
+        return KvmhvMove(wall_s, cpu_s, qemu_s, before_s, after_s, report)
+
+    def effects_here(self, move_id: str) -> list[dict[str, Any]]:
+        """Return what the host that has the guest now has noted of a move's effects."""
+        found: list[dict[str, Any]] = json.loads(self._run("move", "show", move_id, "--json"))["effects"]
+        return found
 
     def _run(self, *arguments: str) -> str:
         done = self._command(self.host, *arguments)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmhv.errors import HostError
+from kvmhv.lab.bench import effects
 from kvmhv.lab.bench.machine import CPU_RAW, DIRECTORY, MACHINE, Hardware
 from kvmhv.lab.bench.meters import qemus
 from kvmhv.lab.lab import LabHost
@@ -176,6 +177,7 @@ class RawGuest:
             if self.hardware.disk is not None:
                 self._mirror(ip, tls=tls, deadline_s=deadline_s)
             copied_s = time.monotonic()
+            self._moments_s: dict[str, float] = {}
             self._set(tls=tls, own_rule=own_rule)
             self.qmp.execute("migrate", uri=f"tcp:{ip}:{MEMORY_PORT}")
             self._see_through(there, own_rule=own_rule, deadline_s=deadline_s)
@@ -194,11 +196,20 @@ class RawGuest:
             there.execute("object-del", id="tls0")
         self.process, self.qmp, self.host = self._process(target), there, target
         steps = {
-            "start of the target's QEMU": launched_s - started_s, "its preparation": begun_s - launched_s,
-            "disk": copied_s - begun_s, "memory and state": moved_s - copied_s,
-            "end of the source's QEMU": ended_s - moved_s,
+            effects.TARGET_QEMU: begun_s - started_s, effects.DISKS: copied_s - begun_s,
+            **self._memory_steps(copied_s, moved_s), effects.SOURCE_QEMU: ended_s - moved_s,
         }  # fmt: skip
         return RawMove(ended_s - started_s, moved_s - begun_s, launched_s - started_s, steps)
+
+    def _memory_steps(self, begun_s: float, moved_s: float) -> dict[str, float]:
+        """Return the seconds of memory and state, by the passes that QEMU told of and the guest's stop."""
+        stopped_s = self._moments_s.get("stopped", moved_s)
+        first_s = min(self._moments_s.get("pass 1", stopped_s), stopped_s)
+        second_s = min(self._moments_s.get("pass 2", stopped_s), stopped_s)
+        return {
+            effects.BEFOREHAND: first_s - begun_s, effects.FIRST: second_s - first_s,
+            effects.FURTHER: stopped_s - second_s, effects.SWITCHOVER: moved_s - stopped_s,
+        }  # fmt: skip
 
     def _prepare(self, there: Qmp, *, tls: bool, ip: str) -> None:
         wanted = [{"capability": name, "state": True} for name in ("events", "return-path", "pause-before-switchover")]
@@ -256,8 +267,11 @@ class RawGuest:
                 raise HostError("bench-step", f"QEMU's migration failed: {qmp.execute('query-migrate')}")
             if qmp is there:
                 loaded = loaded or status == "completed"
-            elif event["event"] == "MIGRATION_PASS" and own_rule and not stopped:
-                stopped = self._stopped_at(event["data"]["pass"])
+            elif event["event"] == "MIGRATION_PASS" and not stopped:
+                self._moments_s[f"pass {event['data']['pass']}"] = time.monotonic()
+                stopped = own_rule and self._stopped_at(event["data"]["pass"])
+            elif event["event"] == "STOP":
+                self._moments_s.setdefault("stopped", time.monotonic())
             elif status == "pre-switchover":
                 self._end_mirror(there, deadline_s)
                 self.qmp.execute("migrate-continue", state="pre-switchover")
@@ -271,6 +285,7 @@ class RawGuest:
         remaining = self.qmp.execute("query-migrate").get("ram", {}).get("remaining", 0)
         if remaining > THRESHOLD_BYTES and number <= MAX_PASSES:
             return False
+        self._moments_s["stopped"] = time.monotonic()
         self.qmp.execute("stop")
         return True
 

@@ -176,6 +176,8 @@ class Turn:
         measured = self._move(way, target)
         wire_bytes, other_cpu_s, qemu_cpu_s = meter.end()
         time.sleep(SETTLE_S)
+        if isinstance(self.guest, KvmhvGuest):
+            measured["target_effects"] = self.guest.effects_here(measured["id"])
         seen = self.onlooker.window()
         wrong = meters.damage(self._health(), self.boot_id)
         if wrong is not None:
@@ -223,7 +225,9 @@ class Turn:
             "blackout_steps": ours.report.get("blackout_steps", []),
             "passes": len(ours.report["passes"]), "switchover": ours.report["switchover"],
             "agent_bytes": max(meters.resident_bytes(meters.agent_pid(host)) for host in self.bench.hosts),
-            "around_s": ours.wall_s - sum(times.values()),
+            "around_s": ours.wall_s - sum(times.values()), "before_s": ours.before_s, "after_s": ours.after_s,
+            "id": ours.report["id"], "effects": ours.report["effects"],
+            "passes_s": [one["seconds"] for one in ours.report["passes"]],
         }  # fmt: skip
 
 
@@ -260,7 +264,8 @@ def run(
     started_s = time.time()
     load_before = os.getloadavg()[0]
     found = _compared(name, cases, rounds, progress, pace) if cases else dict(_NOTHING)
-    start = figures.limit("CLI start (kvmhv --help)", figures.spread(cli_start_s())["median"], "s", 0.2)
+    start_s = figures.spread(cli_start_s())["median"]
+    start = figures.limit("CLI start (kvmhv --help)", start_s, "s", 0.2)
     limits, details = [*found.pop("limits", ()), start], {}
     failures = [*found.pop("failures")]
     for extra in extras:
@@ -276,6 +281,7 @@ def run(
         "seconds": round(time.time() - started_s),
         "machine": {"cpus": os.cpu_count(), "load_before": load_before},
         "versions": found.pop("versions", {"kernel": os.uname().release}),
+        "cli_start_s": start_s,
         "limits": limits,
         "failures": failures,
         "extras": details,
