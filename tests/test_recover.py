@@ -72,8 +72,10 @@ def test_a_grant_stands(process: bool) -> None:
 
 
 def test_the_clean_up_begins_again() -> None:
-    after, effects = again(at(S.CLEANUP).told(facts.CopyEnded(at_ms=1)).state, found(process=False))
-    assert not after.copy_ended
+    owned = at(S.CLEANUP).hears(Owned(epoch=1)).told(facts.CopyEnded(at_ms=1)).state
+    assert (owned.removing, owned.copy_ended) == (True, True)
+    after, effects = again(owned, found(process=False))
+    assert (after.removing, after.copy_ended) == (False, False)
     assert effects == [ef.SetTimer, ef.EndCopy]
 
 

@@ -480,3 +480,21 @@ def test_the_first_frame_at_the_target_is_told_with_its_word() -> None:
     assert driven.state.first_frame_after_ms is None
     assert driven.hears(Owned(epoch=1, first_frame_after_ms=7.0)).state.first_frame_after_ms == 7.0
     assert driven.hears(Owned(epoch=1)).state.first_frame_after_ms == 7.0
+
+
+def test_memory_that_goes_over_is_not_idle() -> None:
+    def sent(sent_bytes: int) -> facts.MemoryProgress:
+        return facts.MemoryProgress(
+            at_ms=30, sent_bytes=sent_bytes, remaining_bytes=900, total_bytes=1000, dirty_bytes_per_s=0.0
+        )
+
+    driven = at(S.MEMORY).told(passes(1, 900))
+    assert [one.name for one in driven.told(sent(500)).effects if isinstance(one, ef.SetTimer)] == ["idle"]
+    assert ef.SetTimer not in driven.told(sent(500)).kinds()
+
+
+def test_a_copy_that_does_not_end_is_ended_again_while_the_target_is_silent() -> None:
+    driven = at(S.CLEANUP)
+    late = facts.TimerFired(at_ms=99, name="step")
+    assert driven.told(late).kinds() == [ef.EndCopy, ef.SetTimer, ef.NeedOperator]
+    assert driven.told(facts.CopyEnded(at_ms=100), late).kinds() == [ef.SetTimer, ef.NeedOperator]

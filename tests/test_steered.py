@@ -264,6 +264,19 @@ def test_a_silent_side_is_waited_for_and_named(silent: str) -> None:
     assert play.ended() is Outcome.FAILED
 
 
+def test_a_guest_that_is_on_neither_side_has_ended() -> None:
+    play = Play().stopped()
+    play.handed(ERROR)
+    for _ in range(LOOKS_ALIKE - 1):
+        play.answers(Whereabouts(stay=Stay.OFF), THERE)
+        play.again()
+    play.answers(Whereabouts(stay=Stay.OFF), THERE)
+    play.hear(Refused(epoch=1, error=ERROR))
+    assert play.ended() is Outcome.FAILED
+    assert play.state.failure is not None
+    assert play.state.failure.code == "vm-ended"
+
+
 def test_a_cancel_tells_the_program_to_end_it_and_believes_the_sides() -> None:
     play = Play().begin()
     play.start_pass(1, 200 * MIB)

@@ -75,7 +75,10 @@ def test_what_could_not_be_set_besides_is_a_warning() -> None:
     report = msgspec.structs.replace(steered_target.report(target.state), outcome=Outcome.DONE)
     early = facts.Failed(at_ms=1.0, effect="Look", error=ERROR)
     assert target.put(early) == []
+    target.put(facts.PeerLost(at_ms=1.0, error=ERROR))
+    target.put(facts.TimerFired(at_ms=1.0, name=PEER_TIMER))
     target.hear(Finished(epoch=1, report=report))
+    assert target.state.outcome is Outcome.RUNNING
     target.put(facts.Failed(at_ms=2.0, effect="Adopt", error=ERROR))
     assert target.ended() is Outcome.DONE
     assert target.state.warnings == (ERROR.message,)

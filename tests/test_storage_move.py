@@ -131,6 +131,26 @@ def test_copies_that_cannot_be_ended_do_not_bind_the_vm_for_ever() -> None:
     assert len(state.warnings) == 1
 
 
+def test_a_qemu_that_is_gone_holds_no_guest_up() -> None:
+    failed = facts.Failed(at_ms=9.0, effect="UndoStorage", error=ERROR)
+    state, _ = play(begun(), *COPIED, facts.Failed(at_ms=4.0, effect="HoldWrites", error=ERROR))
+    assert (state.step, state.holding) == (StorageStep.UNDOING, True)
+    held, _ = play(state, *[failed] * 5)
+    assert held.step is StorageStep.UNDOING
+    gone, _ = play(state, facts.QemuGone(at_ms=8.0, error=ERROR), *[failed] * 5)
+    assert gone.step is StorageStep.ENDED
+
+
+def test_a_new_agent_counts_its_tries_anew() -> None:
+    state, _ = play(begun(), *HELD, facts.Redefined(at_ms=5.0))
+    state, _ = play(state, facts.Failed(at_ms=6.0, effect="ReleaseWrites", error=ERROR))
+    assert state.tries == 1
+    after, _ = storage_move.recover(
+        state, facts.Restarted(at_ms=0, process=True, status="running", migration="", rebooted=False)
+    )
+    assert after.tries == 0
+
+
 def test_each_state_comes_back_from_the_journal_as_it_was() -> None:
     state = begun(running=False)
     for fact in HELD:

@@ -81,9 +81,12 @@ def test_a_linux_guest_at_work(pair: Pair, work: Work) -> None:
     pair.a.kvmhv("image", "remove", "linux")
     work.watch.wait("ready")
 
-    for number, (source, target) in enumerate(((pair.a, pair.b), (pair.b, pair.a), (pair.a, pair.b))):
-        report = pair.moved(source, target, "--bandwidth", "40M")
+    fast, followed = ("--bandwidth", "40M"), ("--bandwidth", "10M", "--post-copy", "--max-passes", "2")
+    ways = ((pair.a, pair.b, fast), (pair.b, pair.a, followed), (pair.a, pair.b, fast))
+    for number, (source, target, options) in enumerate(ways):
+        report = pair.moved(source, target, *options)
         assert report["switchover"]["reason"] in ("threshold", "pass-limit"), report
+        assert (report["pages"] or {}).get("complete") is (True if options is followed else None), report
         assert 0 < report["blackout_ms"] < 30_000, report
         work.goes_on(f"after move {number}", "beats", "echo", "acks")
 

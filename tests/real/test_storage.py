@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvmhv.config import Config, Waits, from_data
@@ -144,12 +145,20 @@ async def test_without_qemu_img_a_create_says_so_and_leaves_nothing(
     assert files(config.state_path / "disks") == []
 
 
-async def test_a_cancelled_copy_leaves_nothing(disks: Directories, config: Config, outside: Path) -> None:
-    source = _raw(outside / "big.raw", 64 * MIB)
-    copying = asyncio.create_task(disks.copy_in(source, layer("web01/disk0.qcow2")))
-    target = disks.path(layer("web01/disk0.qcow2"))
-    while not target.exists():  # noqa: ASYNC110 - qemu-img makes it
-        await asyncio.sleep(0.001)
+async def test_a_cancelled_copy_leaves_nothing(config: Config, tools: Path, outside: Path) -> None:
+    """qemu-img writes all of it, and is then as slow as it takes."""
+    real, slow, written = tools / "qemu-img", outside / "bin/qemu-img", outside / "written"
+    slow.parent.mkdir()
+    slow.write_text(
+        f'#!/bin/sh\n[ "$1" = convert ] || exec {real} "$@"\n{real} "$@" && : >{written} && exec sleep 600\n'
+    )
+    slow.chmod(0o755)
+    slow_disks = Directories(msgspec.structs.replace(config, qemu_binary=str(slow.with_name("qemu-system-x86_64"))))
+    copying = asyncio.create_task(slow_disks.copy_in(_raw(outside / "a.raw"), layer("web01/disk0.qcow2")))
+    async with asyncio.timeout(30):
+        while not written.exists():  # noqa: ASYNC110 - another program makes it
+            await asyncio.sleep(0.01)
+    assert files(config.state_path / "disks") != []
     copying.cancel()
     with pytest.raises(asyncio.CancelledError):
         await copying
@@ -211,9 +220,9 @@ async def test_a_running_qemu_holds_its_disk(disks: Directories, img: Tool, tool
         holder.stdin.close()
 
 
-def _raw(file: Path, size_bytes: int = 1 * MIB) -> Path:
+def _raw(file: Path) -> Path:
     file.parent.mkdir(exist_ok=True)
-    file.write_bytes(os.urandom(min(size_bytes, 64 * MIB)))
+    file.write_bytes(os.urandom(1 * MIB))
     return file
 
 
