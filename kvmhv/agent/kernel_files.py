@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import AsyncIterator
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
@@ -150,14 +151,14 @@ def sync_directory(directory: Path) -> None:
 
 async def _receive(file: Path, chunks: AsyncIterator[bytes], most_bytes: int) -> tuple[str, int]:
     """Write what comes to a new file, on disk; return digest and size, a larger one as soon as it is too large."""
-    descriptor = await asyncio.to_thread(_fresh, file)
+    opened = await asyncio.to_thread(_fresh, file)
     digest, size_bytes, waiting = hashlib.sha256(), 0, bytearray()
 
     def write(data: bytes) -> None:
         digest.update(data)
-        write_all(descriptor, data)
+        write_all(opened.fileno(), data)
 
-    try:
+    with opened:
         async for chunk in chunks:
             size_bytes += len(chunk)
             if size_bytes > most_bytes:
@@ -167,15 +168,13 @@ async def _receive(file: Path, chunks: AsyncIterator[bytes], most_bytes: int) ->
                 await asyncio.to_thread(write, bytes(waiting))
                 waiting.clear()
         await asyncio.to_thread(write, bytes(waiting))
-        await asyncio.to_thread(os.fsync, descriptor)
+        await asyncio.to_thread(os.fsync, opened.fileno())
         await asyncio.to_thread(sync_directory, file.parent)
-    finally:
-        os.close(descriptor)
     return digest.hexdigest(), size_bytes
 
 
-def _fresh(file: Path) -> int:
+def _fresh(file: Path) -> FileIO:
     """Open a new file: one that is there may be another VM's too."""
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     file.unlink(missing_ok=True)
-    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    return FileIO(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb")

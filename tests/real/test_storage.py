@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,6 +161,29 @@ async def test_a_cancelled_copy_leaves_nothing(config: Config, tools: Path, outs
             await asyncio.sleep(0.01)
     assert files(config.state_path / "disks") != []
     copying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await copying
+    assert files(config.state_path / "disks") == []
+
+
+async def test_who_is_cancelled_before_he_hears_that_the_file_is_made_leaves_nothing(
+    disks: Directories, config: Config, outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, heard = threading.Event(), threading.Event()
+    reserve = disks._reserve
+
+    def slowly(wanted: Layer) -> Path:
+        file = reserve(wanted)
+        made.set()
+        heard.wait(30)
+        return file
+
+    monkeypatch.setattr(disks, "_reserve", slowly)
+    copying = asyncio.create_task(disks.copy_in(_raw(outside / "a.raw"), layer("web01/disk0.qcow2")))
+    assert await asyncio.to_thread(made.wait, 30)
+    assert files(config.state_path / "disks") != []
+    copying.cancel()
+    heard.set()
     with pytest.raises(asyncio.CancelledError):
         await copying
     assert files(config.state_path / "disks") == []

@@ -225,13 +225,19 @@ class Directories:
 
     @asynccontextmanager
     async def _fresh_file(self, layer: Layer) -> AsyncIterator[Path]:
-        """Reserve the layer's name; whatever fails inside leaves neither file nor directory."""
-        file = await self._do(layer.location, partial(self._reserve, layer))
+        """Reserve the layer's name; whatever fails inside, or cancels it, leaves neither file nor directory."""
+        reserving = asyncio.create_task(self._do(layer.location, partial(self._reserve, layer)))
         try:
-            yield file
+            yield await asyncio.shield(reserving)
         except BaseException:
-            await asyncio.shield(self._do(layer.location, partial(self._drop, layer, file)))
+            await asyncio.shield(self._give_back(layer, reserving))
             raise
+
+    async def _give_back(self, layer: Layer, reserving: asyncio.Task[Path]) -> None:
+        """Remove what was reserved, also for one who was cancelled before he heard of it."""
+        await asyncio.wait({reserving})
+        if reserving.exception() is None:
+            await self._do(layer.location, partial(self._drop, layer, reserving.result()))
 
     def _reserve(self, layer: Layer) -> Path:
         file = self.path(layer)
