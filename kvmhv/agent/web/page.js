@@ -56,8 +56,12 @@ function tell(text) {
 
 // A line for each thing that travels: its size, what was sent of it, and why the rest was not.
 function savings(move) {
-  return (move.savings ?? []).map((one) => saving(one.disk, one.size_bytes, one.sent_bytes, {
+  const disks = (move.savings ?? []).map((one) => saving(one.disk, one.size_bytes, one.sent_bytes, {
     "the target has the base": one.base_bytes, "never stored": one.unallocated_bytes, "zeros": one.zero_bytes }));
+  // What a guest's pages come to depends on how often they were sent: there is no size to hold it against.
+  const memory = move.memory_zero_bytes
+    ? [saving("memory", null, move.memory_bytes, { "pages of zeros": move.memory_zero_bytes })] : [];
+  return [...disks, ...memory];
 }
 
 function saving(of, size_bytes, sent_bytes, reasons) {
@@ -136,7 +140,8 @@ function changeMove(card, move) {
   const lines = savings(move).filter((one) => one.not_bytes);
   card.querySelector(".saved").hidden = lines.length === 0;
   keep(card.querySelector(".saved"), lines, (one) => one.of, () => make("li"), (item, one) => {
-    const text = `${one.of}: ${size(one.not_bytes)} of ${size(one.size_bytes)} did not have to be sent (${one.why})`;
+    const whole = one.size_bytes === null ? "" : ` of ${size(one.size_bytes)}`;
+    const text = `${one.of}: ${size(one.not_bytes)}${whole} did not have to be sent (${one.why})`;
     if (item.textContent !== text) item.textContent = text;
   });
   const svg = card.querySelector("svg");
@@ -219,7 +224,7 @@ function show(page) {
   const saved = last.flatMap((move) => savings(move).map((one) => ({ ...one, move })));
   $("saved-part").hidden = saved.length === 0;
   keep($("saved"), saved, (one) => `${one.move.id}/${one.of}`, row(7, [2, 3, 4]), (line, one) =>
-    cells(line, [one.move.vm, one.of, size(one.size_bytes), one.sent_bytes === null ? "-" : size(one.sent_bytes),
+    cells(line, [one.move.vm, one.of, one.size_bytes === null ? "-" : size(one.size_bytes), one.sent_bytes === null ? "-" : size(one.sent_bytes),
       size(one.not_bytes), one.why || "-", new Date(one.move.started_at * 1000).toLocaleString()]));
   shownBefore = true;
 }
@@ -236,6 +241,7 @@ function once(moves) {
     const [one, other] = better ? [{ ...move }, known] : [known, move];
     one.answer_gap_ms ??= other?.answer_gap_ms;
     if (!one.savings?.length) one.savings = other?.savings;
+    one.memory_zero_bytes ??= other?.memory_zero_bytes;
     found.set(move.id, one);
   }
   return [...found.values()];
