@@ -18,6 +18,8 @@ from kvmhv.errors import CallerError, HostError
 from kvmhv.model import Vm
 
 WRITE_BYTES = 1024 * 1024
+CANDIDATES = 4
+"""So many files are read to find one that is as announced; more would take longer than to send it."""
 
 
 class Images(Protocol):
@@ -78,7 +80,7 @@ class KernelFiles:
         Raises CallerError `file-not-wanted`.
         """
         wanted = _announced(vm, name)
-        for candidate in self._like(vm, name, wanted):
+        for candidate in self._like(vm, name, wanted)[:CANDIDATES]:
             try:
                 size_bytes, sha256 = await asyncio.to_thread(place, candidate, self.directory(vm.id) / name)
             except OSError:
