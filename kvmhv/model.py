@@ -347,6 +347,8 @@ class Inventory(Struct, frozen=True, kw_only=True):
     """Source only: locations at which each side has just read what the other had written (agent/sharing.py)."""
     mptcp: bool = False
     """Its kernel can spread one connection over several networks."""
+    rdma: tuple[str, ...] = ()
+    """Names of its RDMA devices."""
     not_shared: dict[str, str] = {}
     """Source only: locations that may be shared by their kind, and why the proof failed."""
     bases: tuple[Sha256, ...] = ()

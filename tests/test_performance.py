@@ -2,11 +2,13 @@
 
 import mmap
 import os
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from kvmhv.core import checks, performance, plan
+from kvmhv.drivers import host as linux_host
 from kvmhv.drivers.qemu import memory, page_sample
 from kvmhv.model import MIB, Address, Channels, Inventory, MoveRequest, PageSample, Rule, Severity, Timeouts
 from tests.sim import examples
@@ -141,7 +143,7 @@ def test_smb_takes_every_network_that_both_hosts_have() -> None:
     source, target = on(host("host1", FAST), host("host2"), networks=3)
     assert performance.more_networks("smb", source, target) == (("10.0.1.1", "10.0.1.2"), ("10.0.2.1", "10.0.2.2"))
     assert performance.more_networks("tcpip", source, target) == ()
-    assert not list(performance.findings("smb", source, target))
+    assert [one.id for one in performance.findings("smb", source, target)] == ["rdma-not-used"]
     made = plan.make(VM, MoveRequest(vm="web01", target="host2"), Rule(performance="smb"), Timeouts(), source, target)
     assert made.more_networks == performance.more_networks("smb", source, target)
     assert made.channels == Channels()
@@ -153,6 +155,35 @@ def test_what_smb_lacks_is_told_and_the_move_takes_one_network() -> None:
         (on(host("host1"), host("host2"), mptcp=False), {"mptcp-missing"}),
     ):
         findings = list(performance.findings("smb", *lacking))
-        assert {one.id for one in findings} == found
+        assert {one.id for one in findings} == {*found, "rdma-not-used"}
         assert {one.severity for one in findings} == {Severity.WARNING}
         assert performance.more_networks("smb", *lacking) == ()
+
+
+@pytest.mark.parametrize(
+    ("devices", "blamed", "text"),
+    [
+        (((), ()), "host1", "host1 and host2 have no RDMA device"),
+        ((("mlx5_0",), ()), "host2", "host2 has no RDMA device"),
+        (((), ("mlx5_0",)), "host1", "host1 has no RDMA device"),
+        ((("mlx5_0", "mlx5_1"), ("rxe0",)), "host1", "mlx5_0+mlx5_1 on host1, rxe0 on host2"),
+    ],
+)
+def test_smb_says_which_host_has_rdma_and_that_it_is_not_used(
+    devices: tuple[tuple[str, ...], tuple[str, ...]], blamed: str, text: str
+) -> None:
+    both = on(host("host1"), host("host2"))
+    pair = [msgspec.structs.replace(one, rdma=has) for one, has in zip(both, devices, strict=True)]
+    (found,) = performance.findings("smb", *pair)
+    assert (found.id, found.severity, found.host) == ("rdma-not-used", Severity.WARNING, blamed)
+    assert text in found.text
+    assert "under TLS" in found.text
+    assert not list(performance.findings("tcpip", *pair))
+
+
+def test_rdma_devices_are_those_that_the_kernel_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux_host, "RDMA_DEVICES", tmp_path / "infiniband")
+    assert linux_host.rdma_devices() == ()
+    for name in ("rxe0", "mlx5_0"):
+        (tmp_path / "infiniband" / name).mkdir(parents=True)
+    assert linux_host.rdma_devices() == ("mlx5_0", "rxe0")

@@ -87,6 +87,7 @@ class Inventories:
             vm_ids=tuple(vm.id for vm in taken),
             migration_addresses=await self.migration_addresses(),
             mptcp=await self._ways.possible(),
+            rdma=host.rdma_devices(),
             refusal=refusal,
             facts_of_vm=facts,
             bases=await self._bases.there(bases),

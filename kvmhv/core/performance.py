@@ -3,7 +3,7 @@
 Hyper-V calls this the performance option. `tcpip` is one plain connection. `compression` sends over several, each with
 a thread of its own that compresses, where that is faster than to send what there is; on a fast link, or with memory
 that does not shrink, it is not, and then the memory travels as with `tcpip`. `smb` is one plain connection over all
-migration networks of both hosts at once, by MPTCP. All are under TLS.
+migration networks of both hosts at once, by MPTCP. All are under TLS; that leaves RDMA out, which QEMU cannot encrypt.
 """
 
 from collections.abc import Iterable
@@ -76,6 +76,25 @@ def _smb_findings(source: Inventory, target: Inventory) -> Iterable[Finding]:
             text=f"{source.host} and {target.host} have only one migration network in common: the move takes it alone",
             todo="name a second one in migration.networks on both hosts",
         )
+    yield _no_rdma(source, target)
+
+
+def _no_rdma(source: Inventory, target: Inventory) -> Finding:
+    """Return why a move does not take RDMA, Hyper-V's SMB Direct: a host lacks it, or QEMU has no TLS over it."""
+    lacking = [host.host for host in (source, target) if not host.rdma]
+    if lacking:
+        why = f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no RDMA device"
+    else:
+        devices = ", ".join(f"{'+'.join(host.rdma)} on {host.host}" for host in (source, target))
+        why = f"both hosts could ({devices}), but QEMU cannot encrypt what it sends that way"
+    return Finding(
+        id="rdma-not-used",
+        severity=Severity.WARNING,
+        object=SMB,
+        host=lacking[0] if lacking else source.host,
+        text=f"RDMA is not used: {why}; the move goes by TCP, under TLS",
+        todo="nothing: by TCP the move takes each network that migration.networks lists, those of RDMA devices too",
+    )
 
 
 def more_networks(option: str, source: Inventory, target: Inventory) -> tuple[tuple[str, str], ...]:

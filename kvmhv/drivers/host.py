@@ -4,6 +4,9 @@ import os
 import time
 from pathlib import Path
 
+RDMA_DEVICES = Path("/sys/class/infiniband")
+"""Linux has all RDMA devices there, InfiniBand's and those of Ethernet cards (RoCE, iWARP)."""
+
 
 class HostClock:
     """Implements ports.Clock."""
@@ -36,6 +39,14 @@ def cpu_vendor() -> str:
         if line.startswith("vendor_id"):
             return line.partition(":")[2].strip()
     return ""
+
+
+def rdma_devices() -> tuple[str, ...]:
+    """Return the names of this host's RDMA devices, as `rdma link` lists them; empty without one."""
+    try:
+        return tuple(sorted(device.name for device in RDMA_DEVICES.iterdir()))
+    except OSError:
+        return ()
 
 
 def cpu_count() -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from kvmhv.core.lead import HELD_BYTES_PER_S
 from kvmhv.drivers.qemu.memory import UNLIMITED_BYTES_PER_S
-from tests.real.moving import MIB, Pair, Report, Side, until
+from tests.real.moving import MIB, Pair, Report, Side, codes_of, until
 
 pytestmark = pytest.mark.real
 
@@ -115,6 +115,7 @@ def test_a_move_takes_all_networks_at_once_and_leaves_nothing_of_that(pair: Pair
             sent_bytes(pair.a, network) - had for network, had in zip(("management", "migration"), sent, strict=True)
         ]
     assert len(report["plan"]["more_networks"]) == 1, report["plan"]
+    assert "rdma-not-used" in codes_of(report["findings"], "warning"), report["findings"]
     assert min(sent) > sum(sent) / 5, sent
     assert sum(sent) > 64 * MIB, sent
     after = [side.sh("ip mptcp endpoint | grep -v implicit; ip mptcp limits") for side in pair.sides]
