@@ -128,16 +128,10 @@ def test_a_move_in_plain_lines(agent: ScriptedAgent, run: Run) -> None:
     assert agent.requests[0].json() == {
         "vm": "web01",
         "target": "host2",
-        "include_storage": False,
         "storage": "fast",
         "max_passes": 3,
         "threshold_bytes": 1024**2,
         "bandwidth_bytes_per_s": 1_000_000,
-        "performance": None,
-        "blackout_limit_ms": None,
-        "on_overrun": None,
-        "post_copy": False,
-        "queue_s": None,
     }
     for text in ("phase memory\npass 1: sent 1 MiB", "blackout    41.5 ms (± 1.5 ms)", "threshold, after pass 1"):
         assert text in out

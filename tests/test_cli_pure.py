@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from kvmhv.cli import address, disk_spec, output, websocket
+from kvmhv.agent.api import route
+from kvmhv.cli import address, connection, disk_spec, output, websocket
 from kvmhv.cli.parameters import parse_rate
 from kvmhv.cli.progress import Display, Lines, expectation, news, pass_text
 from kvmhv.cli.watch import exit_status
@@ -19,11 +20,13 @@ from kvmhv.model import (
     ErrorBody,
     Estimate,
     MoveReport,
+    MoveRequest,
     Outcome,
     Pass,
     Phase,
     PhaseTime,
     Switchover,
+    VmSpec,
 )
 from tests.cli_agent import report
 
@@ -301,3 +304,25 @@ def _ended(outcome: Outcome, status: int | None) -> MoveReport:
 )
 def test_exit_status(outcome: Outcome, status_of_error: int | None, status: int) -> None:
     assert exit_status(_ended(outcome, status_of_error)) == status
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"),
+    [
+        (VmSpec(name="web01", memory_bytes=1), {"name", "memory_bytes"}),
+        (
+            VmSpec(name="web01", memory_bytes=1, disks=(DiskSpec(size_bytes=4096),), free_page_reporting=False),
+            {"name", "memory_bytes", "disks", "free_page_reporting"},
+        ),
+        (MoveRequest(vm="web01", target="host2"), {"vm", "target"}),
+        (
+            MoveRequest(vm="web01", target="host2", post_copy=True, max_passes=3),
+            {"vm", "target", "post_copy", "max_passes"},
+        ),
+    ],
+)
+def test_an_older_agent_is_not_asked_for_what_nobody_wanted(asked: VmSpec | MoveRequest, sent: set[str]) -> None:
+    """It would refuse a field that it does not know, whatever its value."""
+    body = connection._json(asked)
+    assert set(msgspec.json.decode(body)) == sent
+    assert route.decode(body, type(asked)) == asked

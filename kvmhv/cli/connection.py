@@ -264,9 +264,23 @@ class Agent:
 
 def _json(body: object) -> bytes:
     try:
-        return msgspec.json.encode(body)
+        return msgspec.json.encode(_asked(body))
     except UnicodeEncodeError as error:
         raise CallerError("request-invalid", f"what was given is not valid Unicode: {error}", "write UTF-8") from None
+
+
+def _asked(body: object) -> object:
+    """Return a record without the fields that are as if nobody had asked for them.
+
+    An agent refuses a field that it does not know: so an older one refuses what it cannot do, and nothing else.
+    """
+    if not isinstance(body, msgspec.Struct):
+        return body
+    return {
+        field.encode_name: value
+        for field in msgspec.structs.fields(body)
+        if (value := getattr(body, field.name)) != field.default
+    }
 
 
 def _why(error: Exception) -> str:
