@@ -323,6 +323,6 @@ def test_exit_status(outcome: Outcome, status_of_error: int | None, status: int)
 )
 def test_an_older_agent_is_not_asked_for_what_nobody_wanted(asked: VmSpec | MoveRequest, sent: set[str]) -> None:
     """It would refuse a field that it does not know, whatever its value."""
-    body = connection._json(asked)
+    body = connection.encoded(asked)
     assert set(msgspec.json.decode(body)) == sent
     assert route.decode(body, type(asked)) == asked

@@ -113,7 +113,7 @@ class Agent:
 
         Raises what the agent answers, or AgentGone.
         """
-        data = None if body is None else _json(body)
+        data = None if body is None else encoded(body)
         headers = {"Content-Type": "application/json"} if data is not None else {}
         with closing(_Connection(self.address, timeout_s)) as connection:
             response = self._exchange(connection, method, path, data, headers)
@@ -262,7 +262,8 @@ class Agent:
         return AgentGone(code, f"the agent at {self.address} {text}", todo, host=self.address.host)
 
 
-def _json(body: object) -> bytes:
+def encoded(body: object) -> bytes:
+    """Return a request's body as JSON. Raises CallerError `request-invalid` where it is not Unicode."""
     try:
         return msgspec.json.encode(_asked(body))
     except UnicodeEncodeError as error:

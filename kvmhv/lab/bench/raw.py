@@ -298,5 +298,5 @@ class RawGuest:
             kept.append(event)
         self.qmp.events.extendleft(reversed(kept))
         self.qmp.execute("blockdev-del", node_name="tgt0")
-        # Ends the export, too: to delete it by itself fails as long as the source's connection is not seen to be closed.
+        # Ends the export, too, which cannot be deleted before the end of the source's connection is seen.
         there.execute("nbd-server-stop")
