@@ -146,6 +146,11 @@ def test_but_not_for_ever() -> None:
         number += 1
     assert driven.state.step is SourceStep.UNDOING
     assert number * 2.0 > driven.state.timeouts.throttled_s
+    failure = driven.state.failure
+    assert failure is not None
+    assert "990 ms for the sleep of a CPU slowed down by 99 %" in failure.message
+    assert "slowing it down for 121 s was not enough" in failure.todo
+    assert "--on-overrun throttle" not in failure.todo
 
 
 def test_slowing_down_does_not_help_where_the_fixed_part_alone_is_too_long() -> None:

@@ -127,16 +127,35 @@ def gives_up(rule: Rule, passes: int, throttled_s: float, at_most_s: float) -> b
     return throttled_s >= at_most_s and passes >= rule.max_passes + THROTTLED_PASSES
 
 
-def over_limit(rule: Rule, source: str, predicted_ms: float, remaining_bytes: int, fixed_ms: float | None) -> ErrorBody:
-    """Return why a move is taken back before its guest was stopped."""
+def over_limit(
+    rule: Rule,
+    source: str,
+    predicted_ms: float,
+    remaining_bytes: int,
+    fixed_ms: float | None,
+    *,
+    throttle_percent: int = 0,
+    throttled_s: float = 0.0,
+) -> ErrorBody:
+    """Return why a move is taken back before its guest was stopped.
+
+    `throttle_percent`, `throttled_s`: how far and how long the guest was slowed down in vain.
+    """
     fixed = FIXED_MS if fixed_ms is None else fixed_ms
-    todo = "move it at a quieter time or over a faster network, allow it more, or say --on-overrun throttle"
+    parts = [f"{remaining_bytes / 2**20:.1f} MiB remain to be sent", f"{fixed:.0f} ms go for the rest"]
+    todo = "move it at a quieter time or over a faster network, allow it more"
+    if throttle_percent:
+        sleep_ms = throttle_sleep_ms(throttle_percent)
+        parts.append(f"{sleep_ms:.0f} ms for the sleep of a CPU slowed down by {throttle_percent} %")
+        todo += f"; slowing it down for {throttled_s:.0f} s was not enough"
+    else:
+        todo += ", or say --on-overrun throttle"
     if fixed > rule.blackout_limit_ms:
         todo = "allow it more: the last moves took so long without any memory to send"
     return ErrorBody(
         code="blackout-over-limit",
-        message=f"the blackout would last about {predicted_ms:.0f} ms ({remaining_bytes / 2**20:.1f} MiB remain to be "
-        f"sent, {fixed:.0f} ms go for the rest) and may last {rule.blackout_limit_ms} ms; the VM runs on {source}",
+        message=f"the blackout would last about {predicted_ms:.0f} ms ({', '.join(parts)}) and may last "
+        f"{rule.blackout_limit_ms} ms; the VM runs on {source}",
         todo=todo,
         host=source,
         exit_status=1,

@@ -248,6 +248,12 @@ def _would_overrun(state: SourceState, fact: facts.PassStarted, switchover: Swit
         return _next_pass(update(state, throttled_ms=fact.at_ms), fact.at_ms, [slow_down])
     assert switchover.predicted_ms is not None
     error = blackout.over_limit(
-        rule, state.source, switchover.predicted_ms, fact.remaining_bytes, state.fixed_blackout_ms
+        rule,
+        state.source,
+        switchover.predicted_ms,
+        fact.remaining_bytes,
+        state.fixed_blackout_ms,
+        throttle_percent=state.throttle_percent,
+        throttled_s=throttled_s,
     )
     return source_undo.undo(state, fact.at_ms, Outcome.FAILED, error)

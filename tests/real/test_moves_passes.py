@@ -76,19 +76,23 @@ def test_a_small_fast_guest_on_a_fast_network_is_stopped_after_ten_passes_too(pa
 
 
 def test_a_guest_at_the_pass_limit_is_slowed_down_until_its_blackout_keeps_to_the_limit(pair: Pair) -> None:
-    """What it dirties in a pass takes longer to send than the blackout may last, and so it would be for ever."""
-    limit_ms = 700
-    pair.boot_fast(16 * MIB)
+    """What it dirties in a pass takes longer to send than the blackout may last, and so it would be for ever.
+
+    Slowed down by 96 %, it dirties less than the network carries on any machine that lets it dirty less than
+    700 MiB/s otherwise: half of that was seen.
+    """
+    limit_ms = 1000
+    pair.boot_fast(40 * MIB)
     before = dirtied_per_ms(pair.works(pair.a))
     for source, target in ((pair.a, pair.b), (pair.b, pair.a)):
-        with source.slow_network("150mbit"):
+        with source.slow_network("240mbit"):
             report = pair.moved(source, target, "--blackout-limit", str(limit_ms), "--on-overrun", "throttle")
         _, at = switchover(report)
         assert at > 10, report
         assert numbers(report) == list(range(1, at + 1)), report
-        assert report["throttle_percent"] == 94, report  # by the limit: see blackout.throttle_max_percent
-        assert report["passes"][9]["remaining_bytes"] > 12 * MIB, report
-        assert report["switchover"]["remaining_bytes"] < 12 * MIB, report
+        assert report["throttle_percent"] == 96, report  # by the limit: see blackout.throttle_max_percent
+        assert report["passes"][9]["remaining_bytes"] > 30 * MIB, report
+        assert report["switchover"]["remaining_bytes"] < 30 * MIB, report
         assert report["blackout_ms"] <= limit_ms, report
     after = dirtied_per_ms(pair.works(pair.a))
     assert after > before / 4, (before, after)
